@@ -1,0 +1,31 @@
+"""Train neural networks sparse from the first step with Bregman iterations."""
+
+from .control import TargetDensity
+from .density import density, sparsity_report
+from .init import sparse_init_
+from .layers import param_groups
+from .optim import AdaBreg, LinBreg, ProxSGD
+from .regularizers import L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
+from .theory import bregman_distance, step_size_bound, symmetric_bregman_distance
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "L1",
+    "AdaBreg",
+    "GroupL1",
+    "LinBreg",
+    "NonNegativeL1",
+    "NuclearNorm",
+    "ProxSGD",
+    "Regularizer",
+    "SparseGroupL1",
+    "TargetDensity",
+    "bregman_distance",
+    "density",
+    "param_groups",
+    "sparse_init_",
+    "sparsity_report",
+    "step_size_bound",
+    "symmetric_bregman_distance",
+]

@@ -1,0 +1,301 @@
+"""Reach the density that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .choices import choose
+from .density import check_density, count_nonzero
+from .layers import weight_layers
+from .optim import BregmanOptimizer
+from .optim.base import check_number
+from .regularizers import NuclearNorm
+
+WARM_UP = 200  # steps in which λ is looked for where none was given
+SETTLE_EVERY = 10  # steps between exact corrections at the end of a run
+
+
+@dataclass
+class Scope:
+    """One target: the groups whose λ is moved for it, and the weights that count."""
+
+    target: float
+    groups: list[int]
+    weights: list[Tensor]
+    gain: float
+    side: int = 0  # of the last gap: 1 too dense, −1 too sparse
+    start: float = 0.0
+    searching: bool = False
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self.weights)
+
+    def density(self, optimizer: BregmanOptimizer) -> float:
+        return sum(count_nonzero(self.weights)) / self.size
+
+    def check(self, optimizer: BregmanOptimizer) -> None:
+        """ValueError where λ cannot reach the target."""
+        moved = {id(p) for i in self.groups for p in optimizer.param_groups[i]["params"] if p.requires_grad}
+        for i in self.groups:
+            if isinstance(optimizer.regularizers[i], NuclearNorm):
+                raise ValueError("NuclearNorm makes low rank and not zeros, so a density cannot be asked of it.")
+        share = sum(count_nonzero([p for p in self.weights if id(p) not in moved])) / self.size
+        if share >= self.target:
+            raise ValueError(
+                f"Invalid `density`: {self.target:g} cannot be reached; {share:.3%} of the weights are alive and not "
+                "regularised (or have λ = 0, or do not require gradients)."
+            )
+
+    def follow(self, optimizer: BregmanOptimizer, target: float, damping: float) -> None:
+        """One step of the feedback rule."""
+        ratio = self.density(optimizer) / target
+        side = 1 if ratio > 1 else -1
+        if side == -self.side:
+            self.gain *= damping
+        self.side = side
+        factor = (1 + self.gain * abs(ratio - 1)) ** side
+        if optimizer.has_dual:
+            exact = self.exact_factor(optimizer, target)
+            factor = min(factor, exact) if side > 0 else max(factor, exact)
+        self.scale(optimizer, factor)
+
+    def land(self, optimizer: BregmanOptimizer, target: float) -> None:
+        """Move λ to where the density is `target`, and let the weights follow at once."""
+        if not optimizer.has_dual:
+            return self.prune(optimizer, target)
+        self.scale(optimizer, self.exact_factor(optimizer, target))
+        return optimizer.refresh(self.groups)
+
+    def scale(self, optimizer: BregmanOptimizer, factor: float) -> None:
+        for i in self.groups:
+            group = optimizer.param_groups[i]
+            # Where no λ was given yet all groups start from one and the same.
+            group["lam"] = (group["lam"] if _any_positive(group["lam"]) else 1.0) * factor
+
+    def exact_factor(self, optimizer: BregmanOptimizer, target: float) -> float:
+        """The factor on λ that leaves the target; groups keep the ratios of their λ."""
+        thresholds, moved = [], set()
+        counted = {id(p) for p in self.weights}
+        for i in self.groups:
+            group, reg = optimizer.param_groups[i], optimizer.regularizers[i]
+            assert reg is not None
+            for p in group["params"]:
+                if id(p) in counted and "dual" in optimizer.state[p]:
+                    moved.add(id(p))
+                    unit = group["lam"] if _any_positive(group["lam"]) else 1.0
+                    thresholds.append((reg.thresholds(optimizer.state[p]["dual"]) / unit).flatten())
+        if not thresholds:
+            return 1.0
+        fixed = sum(count_nonzero([p for p in self.weights if id(p) not in moved]))
+        return threshold_for(torch.cat(thresholds), round(target * self.size) - fixed)
+
+    def prune(self, optimizer: BregmanOptimizer, target: float) -> None:
+        """Without a dual: zero the smallest weights, if there are too many."""
+        values, params = [], []
+        for i in self.groups:
+            reg = optimizer.regularizers[i]
+            assert reg is not None
+            for p in optimizer.param_groups[i]["params"]:
+                if any(p is weight for weight in self.weights):
+                    params.append(p)
+                    values.append(reg.thresholds(p.detach().float()).flatten())
+        fixed = sum(count_nonzero(self.weights)) - sum(count_nonzero(params))
+        smallest = threshold_for(torch.cat(values), round(target * self.size) - fixed)
+        with torch.no_grad():
+            for p, value in zip(params, values, strict=True):
+                p.masked_fill_(value.view_as(p) <= smallest, 0.0)
+
+
+class TargetDensity:
+    r"""Moves λ so that the share of non-zero weights becomes `density`.
+
+    .. code-block:: python
+
+        control = tb.TargetDensity(optimizer, density=0.05, total_steps=len(loader) * epochs)
+        ...
+        optimizer.step()
+        control.step()
+
+    The density d counts the Linear and Conv weights, as `tb.density(model)` does. v is never changed: λ decides which of
+    its entries are alive, and what is below the threshold keeps its memory.
+
+    "exact": after every step λ is the threshold that leaves K = density·n weights, the (K+1)-th largest |v| for ℓ1.
+
+    "feedback": every `every` steps, with the target d*,
+
+    .. code-block:: text
+
+        too dense    λ ← min(λ · (1 + a·|d/d* − 1|), λ*)
+        too sparse   λ ← max(λ / (1 + a·|d/d* − 1|), λ*)        a ← damping · a at every change of sign
+
+    [A], on the relative gap and never past the λ* that is exact now, so that one rule holds from 50 % to 0.1 % and for
+    any step size. Over the last `settle` share of `total_steps` the density is corrected exactly, in small steps, and
+    the last step lands on it.
+
+    Where no λ was given (all zero) it is found: in the first steps λ is exact, whatever the scale of the gradients.
+
+    Args:
+        optimizer: LinBreg, AdaBreg, or ProxSGD ("feedback" only, and from a λ that you give; the last step prunes).
+        density: d* in (0, 1), of all weights together; or one entry per parameter group, None where a group is left
+            alone: then every group reaches its own.
+        mode: "feedback" or "exact".
+        total_steps: steps of the whole run, if known. From there on every step lands exactly.
+        model: count the weights of this model. By default those of groups made by `tb.param_groups`, else all
+            parameters with two dimensions or more.
+        every: steps between changes of λ; 50, or 1 in exact mode.
+        gain: a.
+        damping: see above.
+        ramp: over so many steps the target goes from the density at the start to d*, fast at first (cubic).
+        settle: share of `total_steps` at the end.
+
+    Raises:
+        ValueError: an option out of range, no regularised group, or a density below the share of weights that are not
+            regularised, which λ does not reach.
+
+    [A] Aloradi, Roith, Habets, Tenbrinck, Adaptive Regularization for Sparsity Control in Bregman-Based Optimizers, 2026.
+    """
+
+    _make = Scope  # experiments/lambda_moves.py compares other ways to move λ
+
+    def __init__(
+        self,
+        optimizer: BregmanOptimizer,
+        density: float | Sequence[float | None] = 0.05,
+        mode: str = "feedback",
+        total_steps: int | None = None,
+        *,
+        model: nn.Module | None = None,
+        every: int | None = None,
+        gain: float = 1.0,
+        damping: float = 0.95,
+        ramp: int = 0,
+        settle: float = 0.2,
+    ) -> None:
+        if not isinstance(optimizer, BregmanOptimizer):
+            raise ValueError(f"Invalid `optimizer`: {type(optimizer).__name__}; expected LinBreg, AdaBreg or ProxSGD.")
+        choose("mode", mode, ("feedback", "exact"))
+        for name, count in (("total_steps", total_steps), ("every", every)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise ValueError(f"Invalid `{name}`: {count!r}; expected a whole number of at least 1, or None.")
+        check_number("gain", gain, strict=True)
+        check_number("damping", damping, strict=True)
+        check_number("ramp", ramp)
+        check_number("settle", settle, high=1.0)
+        self.optimizer, self.mode, self.total_steps = optimizer, mode, total_steps
+        self.every = every or (50 if mode == "feedback" else 1)
+        self.damping, self.ramp, self.settle = damping, ramp, settle
+        self.steps = 0
+        self._scopes = [self._make(*scope, gain=gain) for scope in self._split(density, model)]
+        for scope in self._scopes:
+            scope.start = scope.density(optimizer)
+            scope.searching = not any(_any_positive(optimizer.param_groups[i]["lam"]) for i in scope.groups)
+            scope.check(optimizer)
+        if not optimizer.has_dual and (mode == "exact" or any(scope.searching for scope in self._scopes)):
+            raise ValueError(f"{type(optimizer).__name__} has no dual: it needs mode='feedback' and a `lam` to start from.")
+
+    def _split(
+        self, density: float | Sequence[float | None], model: nn.Module | None
+    ) -> Iterable[tuple[float, list[int], list[Tensor]]]:
+        """(density, groups whose λ is moved, weights that count) of each target."""
+        groups, regularizers = self.optimizer.param_groups, self.optimizer.regularizers
+        if model is not None:
+            counted = {id(layer.weight) for layer in weight_layers(model)}
+        elif any("counted" in group for group in groups):
+            counted = {id(p) for group in groups if group.get("counted", False) for p in group["params"]}
+        else:
+            counted = {id(p) for group in groups for p in group["params"] if p.dim() > 1}
+        weights = [[p for p in group["params"] if id(p) in counted] for group in groups]
+        moved = [i for i, reg in enumerate(regularizers) if reg is not None and weights[i]]
+        positive = [i for i in moved if _any_positive(groups[i]["lam"])]
+        if isinstance(density, Sequence) and not isinstance(density, str):
+            if len(density) != len(groups):
+                raise ValueError(f"`density` has {len(density)} entries; expected one per parameter group, {len(groups)}.")
+            for i, wanted in enumerate(density):
+                if wanted is not None:
+                    check_density(wanted, name=f"density[{i}]")
+                    if i not in moved:
+                        raise ValueError(f"Invalid `density[{i}]`: {wanted!r}; that group has no regularised weights.")
+                    yield wanted, [i], weights[i]
+            return
+        check_density(density)  # type: ignore[arg-type]
+        if not moved:
+            raise ValueError("`optimizer` regularises no weights, so there is no λ to move; see tb.param_groups.")
+        # A group with λ = 0 beside others with λ > 0 was left unregularised on purpose.
+        yield density, positive or moved, [p for some in weights for p in some]  # type: ignore[misc]
+
+    # ------------------------------------------------------------------ what a loop calls
+
+    def step(self) -> None:
+        """Count a step, and move λ if it is time to. Call it after every `optimizer.step()`."""
+        self.steps += 1
+        for scope in self._scopes:
+            self._step(scope)
+
+    def _step(self, scope: Scope) -> None:
+        target = scope.target
+        if self.steps < self.ramp:
+            target += (scope.start - target) * (1 - self.steps / self.ramp) ** 3
+        total = self.total_steps
+        if total is not None and self.steps >= total:
+            scope.land(self.optimizer, target)
+        elif scope.searching and self.steps <= (WARM_UP if total is None else min(WARM_UP, total // 10)):
+            scope.land(self.optimizer, target)
+        elif self.mode == "exact":
+            if self.steps % self.every == 0:
+                scope.land(self.optimizer, target)
+        elif total is not None and self.steps > (1 - self.settle) * total and self.optimizer.has_dual:
+            if self.steps % SETTLE_EVERY == 0:
+                scope.land(self.optimizer, target)
+        elif self.steps % self.every == 0:
+            scope.follow(self.optimizer, target, self.damping)
+
+    def land(self) -> None:
+        """Make the density exact now, as the last step does where `total_steps` is known."""
+        for scope in self._scopes:
+            scope.land(self.optimizer, scope.target)
+
+    @property
+    def density(self) -> float:
+        """The share of non-zero weights now; of the first group that has a target where each has its own."""
+        return self._scopes[0].density(self.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; λ itself is in the optimizer's state."""
+        return {"steps": self.steps, "scopes": [[s.start, s.searching, s.gain, s.side] for s in self._scopes]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict()` was taken. Raises ValueError where the targets are not as many."""
+        if len(state_dict["scopes"]) != len(self._scopes):
+            raise ValueError(
+                f"`state_dict` has {len(state_dict['scopes'])} targets; this controller has {len(self._scopes)}."
+            )
+        self.steps = state_dict["steps"]
+        for scope, values in zip(self._scopes, state_dict["scopes"], strict=True):
+            scope.start, scope.searching, scope.gain, scope.side = values
+
+
+def threshold_for(values: Tensor, kept: int) -> float:
+    """A λ with `values` > λ for `kept` of them, or, where equal values forbid that, for as near a number as possible."""
+    n = values.numel()
+    kept = min(max(kept, 0), n - 1)
+    # topk: kthvalue takes 100 times as long on CUDA.
+    above, below = (torch.topk(values, kept + 1).values[-2:] if kept else values.max().expand(2)).tolist()
+    if above == below and kept:
+        larger, equal = torch.stack([(values > below).sum(), (values == below).sum()]).tolist()
+        rest = values[values < below] if kept - larger > equal / 2 else values[values > below]
+        if rest.numel():
+            above, below = (below, float(rest.max())) if kept - larger > equal / 2 else (float(rest.min()), below)
+    # Half-way as far as the floats allow it, for a group's norm is computed twice and may round differently.
+    middle = float(torch.tensor(below, dtype=values.dtype) + (above - below) / 2)
+    lam = middle if below <= middle < above else below
+    return lam if lam > 0 else float(torch.finfo(values.dtype).tiny)
+
+
+def _any_positive(lam: float | Tensor) -> bool:
+    return bool((lam > 0).any()) if isinstance(lam, Tensor) else lam > 0

@@ -1,0 +1,98 @@
+"""Sparse initialisation [J, section 3.3]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .density import check_density
+from .layers import weight_layers
+from .regularizers import GROUPS, group_dims
+
+
+@torch.no_grad()
+def sparse_init_(
+    model: nn.Module,
+    density: float = 0.01,
+    groups: str | Tensor | None = None,
+    generator: Generator | None = None,
+    *,
+    nonlinearity: str = "relu",
+    bias_scale: float = 1.0,
+) -> nn.Module:
+    """Redraw all Linear and Conv weights so that a share `density` of each is alive and signals keep their variance.
+
+    W = W̃ ⊙ M with M a mask of exactly round(density·n) ones (at least one) drawn without replacement, and
+    Var[W̃] = α/r, where α = gain²/fan_in is the usual variance (2/fan_in for ReLU) and r the share alive: zeroing all but a
+    share r of the terms of a sum takes the factor r from its variance. θ = 0 would be symmetric and could not train.
+
+    Args:
+        model: changed in place. Norms and other parameters stay as they are.
+        density: r in (0, 1].
+        groups: draw whole groups: "rows", "columns", "kernels", "filters", "channels", or an index tensor. Layers of
+            another shape (Linear layers under "kernels") are drawn entry by entry.
+        generator: where the numbers come from; on the CPU, so that every device gets the same weights.
+        nonlinearity: as in `torch.nn.init.calculate_gain`. For "relu" and its like biases are drawn from
+            [0, s/√fan_in], so that neurons without inputs start active; for odd activations from [−s/√fan_in, s/√fan_in].
+        bias_scale: s.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: density outside (0, 1], a name of groups that does not exist or fits no layer.
+    """
+    check_density(density, one_allowed=True)
+    layers = list(weight_layers(model))
+    if not layers:
+        raise ValueError("`model` has no Linear or Conv layer to initialise.")
+    gain = nn.init.calculate_gain(nonlinearity)
+    fits = [_fits(groups, layer.weight) for layer in layers]
+    if groups is not None and not any(fits):
+        shapes = ", ".join(str(tuple(layer.weight.shape)) for layer in layers[:3])
+        raise ValueError(f"`groups` is {groups!r}, which fits none of the weights ({shapes}, …).")
+    device = generator.device if generator is not None else torch.device("cpu")
+    for layer, fit in zip(layers, fits, strict=True):
+        weight = layer.weight
+        fan_in = nn.init._calculate_fan_in_and_fan_out(weight)[0]
+        mask = _draw_mask(weight.shape, density, groups if fit else None, generator, device)
+        std = gain / math.sqrt(fan_in * float(mask.float().mean()))
+        values = torch.empty(weight.shape, device=device).normal_(0, std, generator=generator)
+        # `where`, not a product: −x·0 is a negative zero.
+        weight.copy_(torch.where(mask, values, 0.0))
+        bias = layer.module._parameters.get("bias")
+        if bias is not None:
+            bound = bias_scale / math.sqrt(fan_in)
+            low = 0.0 if "relu" in nonlinearity or nonlinearity == "selu" else -bound
+            bias.copy_(torch.empty(bias.shape, device=device).uniform_(low, bound, generator=generator))
+    return model
+
+
+def _fits(groups: str | Tensor | None, weight: Tensor) -> bool:
+    if groups is None:
+        return False
+    if isinstance(groups, Tensor):
+        return tuple(groups.shape) == tuple(weight.shape)
+    if groups not in GROUPS:
+        group_dims(groups, weight.shape)  # raises, naming the choices
+    return (weight.dim() == 2) == (groups in ("rows", "columns"))
+
+
+def _draw_mask(
+    shape: torch.Size, density: float, groups: str | Tensor | None, generator: Generator | None, device: torch.device
+) -> Tensor:
+    """A bool mask of `shape` with round(density·n) of n groups (or entries) alive, at least one."""
+    if isinstance(groups, Tensor):
+        index = groups.to(device, torch.int64)
+        alive = _draw_mask(torch.Size([int(index.max()) + 1]), density, None, generator, device)
+        return alive[index]
+    if groups is not None:
+        spanned = group_dims(groups, shape)
+        small = torch.Size([1 if d in spanned else n for d, n in enumerate(shape)])
+        return _draw_mask(small, density, None, generator, device).expand(shape)
+    n = shape.numel()
+    mask = torch.zeros(n, dtype=torch.bool, device=device)
+    mask[torch.randperm(n, generator=generator, device=device)[: max(1, round(density * n))]] = True
+    return mask.view(shape)

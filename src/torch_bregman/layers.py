@@ -1,0 +1,118 @@
+"""Which parameters are weights: the layers that are made sparse, and how a choice per layer is written down."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .regularizers import L1, Regularizer
+
+
+class Layer(NamedTuple):
+    """A Linear or Conv layer with its weight under its full parameter name; a tied weight appears once."""
+
+    name: str
+    module: nn.Module
+    weight: Tensor
+
+
+def weight_layers(model: nn.Module) -> Iterator[Layer]:
+    """The Linear and Conv layers of `model`, in the order of its modules."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear | _ConvNd) else None
+        if weight is not None and id(weight) not in seen:
+            seen.add(id(weight))
+            yield Layer(f"{prefix}.weight" if prefix else "weight", module, weight)
+
+
+def lookup(choices: Mapping[Any, Any], name: str, layer: Layer | None) -> Any:
+    """The value of the first key that matches, or None.
+
+    For a layer's weight a key is a module type or a pattern of its parameter or module name. Any other parameter is
+    reached only by a pattern of its whole name that ends in a letter or digit, so that "fc*" leaves biases alone.
+    """
+    for key, value in choices.items():
+        if isinstance(key, type):
+            matches = layer is not None and isinstance(layer.module, key)
+        elif layer is not None:
+            matches = fnmatchcase(name, key) or fnmatchcase(name.rpartition(".")[0], key)
+        else:
+            matches = fnmatchcase(name, key) and key[-1:].isalnum()
+        if matches:
+            return value
+    return None
+
+
+def param_groups(
+    model: nn.Module,
+    regularizer: Regularizer | None | Mapping[Any, Regularizer | None] = L1(),  # noqa: B008 - frozen
+    lam: float | Tensor | Mapping[Any, float | Tensor] = 0.0,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer of this library: Linear and Conv weights regularised, all else not.
+
+    Args:
+        model: the network; tied parameters appear once.
+        regularizer: for every Linear and Conv weight. A mapping chooses per layer, first match wins: its keys are module
+            types (`{nn.Linear: tb.L1(), nn.Conv2d: tb.GroupL1("kernels")}`) or patterns of parameter or module names
+            (`{"head.*": None, "*": tb.L1()}`). A pattern that ends in a name ("*.in_proj_weight") also reaches
+            parameters that are no Linear or Conv weight.
+        lam: λ, or a mapping of the same kind.
+        options: anything else for the groups, such as `lr` or `delta`.
+
+    Returns:
+        One group per (regularizer, λ), those with a regulariser first. `counted` marks the Linear and Conv weights, the
+        ones that `tb.density` counts.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or a regulariser that does not fit a weight's shape.
+    """
+    layers = {id(layer.weight): layer for layer in weight_layers(model)}
+    parameters = list(model.named_parameters())
+    if not parameters:
+        raise ValueError("`model` has no parameters.")
+    for choice in (regularizer, lam):
+        if isinstance(choice, Mapping):
+            _check_patterns(choice, [name for name, _ in parameters])
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in parameters:
+        layer = layers.get(id(parameter))
+        if isinstance(regularizer, Mapping):
+            chosen = lookup(regularizer, name, layer)
+        else:
+            chosen = regularizer if layer is not None else None
+        if chosen is not None:
+            if not isinstance(chosen, Regularizer):
+                raise ValueError(f"Invalid `regularizer` for {name}: {chosen!r}; expected a tb.Regularizer or None.")
+            try:
+                chosen.check(parameter.shape)
+            except ValueError as error:
+                raise ValueError(
+                    f"{chosen!r} does not fit {name}: {error} A mapping chooses per layer, for example "
+                    "{nn.Linear: tb.L1(), nn.Conv2d: tb.GroupL1('kernels')}."
+                ) from None
+        strength = lookup(lam, name, layer) if isinstance(lam, Mapping) else lam
+        strength = 0.0 if strength is None or chosen is None else strength
+        key = (chosen is None, layer is None, id(chosen), id(strength) if isinstance(strength, Tensor) else strength)
+        group = groups.setdefault(
+            key, {"params": [], "regularizer": chosen, "lam": strength, "counted": layer is not None, **options}
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[:2])]
+
+
+def _check_patterns(choices: Mapping[Any, Any], names: list[str]) -> None:
+    known = {*names, *(name.rpartition(".")[0] for name in names)}
+    for key in choices:
+        if isinstance(key, str) and not any(fnmatchcase(name, key) for name in known):
+            close = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"The pattern {key!r} matches no parameter of the model{hint}")
+        if not isinstance(key, str | type):
+            raise ValueError(f"Invalid key {key!r}: expected a module type or a pattern of parameter names.")

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..regularizers import Regularizer
+from .base import BregmanOptimizer
+from .linbreg import as_float, check_momentum, sgd_direction
+
+
+class ProxSGD(BregmanOptimizer):
+    r"""Proximal gradient descent, the baseline: θ ← prox_{τJ}(θ − τ d), with d the direction of torch.optim.SGD.
+
+    Unlike LinBreg it keeps no dual: a weight at zero forgets its gradients, and every live weight is shrunk by τλ in
+    every step.
+
+    Args:
+        params, lr, regularizer, lam, weight_decay, maximize, foreach, fused: as for `LinBreg`.
+        momentum, nesterov: as for `torch.optim.SGD`.
+    """
+
+    has_dual = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-1,
+        *,
+        regularizer: Regularizer | None = None,
+        lam: float | Tensor = 0.0,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "lam": lam, "delta": 1.0, "momentum": momentum, "nesterov": nesterov,
+            "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, defaults, regularizer)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_momentum(group)
+
+    def _start(self) -> None:
+        """θ is the whole state, so there is nothing to create and a dense start does no harm."""
+
+    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> None:
+        lr = as_float(group["lr"])
+        if group["momentum"] != 0:
+            grads = sgd_direction(grads, [self.state[p] for p in params], group)
+        weights = torch._foreach_add([p.to(g.dtype) for p, g in zip(params, grads, strict=True)], grads, alpha=-lr)
+        for p, weight in zip(params, weights, strict=True):
+            p.copy_(weight if reg is None else reg.prox(weight, lr * group["lam"]))
+
+    def refresh(self, groups: Iterable[int] | None = None) -> None:
+        """Nothing to do: θ does not depend on λ."""

@@ -1,0 +1,6 @@
+"""The training loop behind the command line."""
+
+from .loop import fit
+from .recipe import Recipe
+
+__all__ = ["Recipe", "fit"]

@@ -1,0 +1,376 @@
+"""One run, from the data to the report. Reads top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data import AUGMENTATIONS, Batches, Dataset, Split, load
+from ..density import density, sparsity_report
+from ..init import sparse_init_
+from ..layers import weight_layers
+from ..models import build
+from ..report import weight_pattern
+from ..report.words import near
+from .display import Display
+from .files import RunError, latest_checkpoint, save_checkpoint, write_atomically
+from .recipe import DENSE, Recipe, linear_and_conv_groups, make_control, make_optimizer, make_schedule
+
+SAVE_EVERY = 5.0  # seconds between checkpoints
+LOOK_EVERY = 0.25  # seconds between looks at the loss, each of which waits for the device
+EVALUATION_BATCH = 1000
+
+
+class Stopped(Exception):
+    """The run was interrupted and has saved its state."""
+
+
+def fit(
+    recipe: Recipe, run: Path, *, data_root: Path | None = None, quiet: bool = False, title: str = ""
+) -> dict[str, Any]:
+    """Train what `recipe` says in the folder `run`, going on where a checkpoint lies there; returns its last metrics row.
+
+    Raises RunError for what a person can act on, Stopped after Ctrl-C or SIGTERM.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint = run / "checkpoint.pt"
+    device = pick_device(recipe.device)
+    if device.type == "cpu":
+        # Averages of gradients that have become zero decay through the subnormal numbers, on which a CPU is up to a
+        # hundred times slower.
+        torch.set_flush_denormal(True)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True  # a resumed run is the same run
+
+    data = load(recipe.dataset, data_root, limit=recipe.limit).to(device)
+    steps_per_epoch = math.ceil(len(data.train) / recipe.batch_size)
+    total_steps = recipe.epochs * steps_per_epoch
+
+    torch.manual_seed(recipe.seed)
+    model = build(recipe.model, data.shape, len(data.classes))
+    task = getattr(model, "task", "classify")
+    if recipe.optimizer not in (*DENSE, "proxsgd"):
+        start_sparse(recipe, model)
+    model.to(device)
+    layout: dict[str, Any] = {}
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        layout = {"memory_format": torch.channels_last}
+        model.to(**layout)
+    optimizer = make_optimizer(recipe, model)
+    control = make_control(recipe, optimizer, model, total_steps)
+    schedule = make_schedule(recipe, optimizer, total_steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+    mixed: Callable[[], Any] = nullcontext
+    if recipe.precision != "32":
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float16
+        mixed = lambda: torch.autocast(device.type, dtype)  # noqa: E731
+    order = torch.Generator().manual_seed(recipe.seed)
+    noise = torch.Generator(device).manual_seed(recipe.seed)
+    augment = None if recipe.augment == "none" else AUGMENTATIONS[recipe.augment]
+    batches = Batches(data.train, recipe.batch_size, generator=order, augment=augment)
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        if task == "denoise":
+            return F.mse_loss(model(x + noise_scale * torch.randn(x.shape, device=device, generator=noise)), x)
+        return F.cross_entropy(model(x), y)
+
+    noise_scale = recipe.noise / torch.tensor(data.std, device=device).view(-1, *[1] * (len(data.shape) - 1))
+    losses = torch.full((steps_per_epoch,), math.nan, device=device)
+    rows: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}
+    first_epoch, done, spent = 1, 0, 0.0
+
+    def state(epoch: int, batch: int) -> dict[str, Any]:
+        """All that the rest of the run depends on, after `batch` batches of `epoch`."""
+        return {
+            "recipe": asdict(recipe),
+            "epoch": epoch, "batch": batch, "losses": losses, "rows": rows, "best": best,
+            "seconds": spent + time.perf_counter() - began,
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+            "control": control.state_dict() if control else {}, "scaler": scaler.state_dict(),
+            "order": order_at_start, "noise": noise.get_state(), "random": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }  # fmt: skip
+
+    with Display(recipe.epochs, steps_per_epoch, asked=recipe.density, quiet=quiet, title=title) as display:
+        saved = latest_checkpoint(checkpoint, display.message)
+        if saved is None:
+            order_at_start = order.get_state()
+        else:
+            if saved["recipe"] != asdict(recipe):
+                changed = [k for k, v in asdict(recipe).items() if saved["recipe"].get(k) != v]
+                raise RunError(f"The checkpoint {checkpoint} was made with other options: {', '.join(changed)}.")
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            if control:
+                control.load_state_dict(saved["control"])
+            scaler.load_state_dict(saved["scaler"])
+            first_epoch, done, spent = saved["epoch"], saved["batch"], saved["seconds"]
+            rows, best = saved["rows"], saved["best"]
+            losses.copy_(saved["losses"])
+            order_at_start = saved["order"]
+            order.set_state(order_at_start)
+            noise.set_state(saved["noise"])
+            torch.set_rng_state(saved["random"])
+            if saved["cuda"] is not None and device.type == "cuda":
+                torch.cuda.set_rng_state(saved["cuda"], device)
+            for row in rows[-12:]:
+                display.epoch(row)
+            display.message(f"Resumed {run} at epoch {first_epoch}, step {done} of {steps_per_epoch}.")
+        display.start(first_epoch - 1)
+        began = looked = last_save = time.perf_counter()
+        metrics = Metrics(run, rows)
+
+        with stop_signals() as stopping:
+            if not rows:
+                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout)
+                rows.append(measure(0, None, scores, model, optimizer, recipe, 0.0, 0.0))
+                metrics.add(rows[0])
+                keep_patterns(run, "start", model)
+            for epoch in range(first_epoch, recipe.epochs + 1):
+                model.train()
+                epoch_began = time.perf_counter()
+                i = done
+                for x, y in batches.epoch(skip=done):
+                    if layout:
+                        x = x.contiguous(**layout)
+                    optimizer.zero_grad()
+                    with mixed():
+                        loss = loss_of(x, y)
+                    scaler.scale(loss).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                    if control:
+                        control.step()
+                    if recipe.schedule != "plateau":
+                        schedule.step()
+                    losses[i] = loss.detach()
+                    i += 1
+                    display.advance(len(x))
+                    now = time.perf_counter()
+                    if now - looked > LOOK_EVERY or stopping():
+                        looked = now
+                        display.loss(finite(losses[:i], epoch, steps_per_epoch, checkpoint)[-1].item())
+                        if stopping() or now - last_save > SAVE_EVERY:
+                            save_checkpoint(checkpoint, state(epoch, i))
+                            last_save = time.perf_counter()
+                        if stopping():
+                            raise Stopped(f"Stopped at epoch {epoch}, step {i} of {steps_per_epoch}; saved.")
+
+                train_loss = finite(losses, epoch, steps_per_epoch, checkpoint).mean().item()
+                seconds = time.perf_counter() - epoch_began
+                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout)
+                rate = recipe.batch_size * (i - done) / max(seconds, 1e-9)
+                row = measure(epoch, train_loss, scores, model, optimizer, recipe, seconds, rate)
+                rows.append(row)
+                metrics.add(row)
+                display.epoch(row)
+                if recipe.schedule == "plateau":
+                    schedule.step(scores["val_loss"])
+                score = scores.get("val_accuracy", -scores["val_loss"])
+                # A model off the density that was asked for is never the best one.
+                if (recipe.density is None or row["on_target"]) and score > best.get("score", -math.inf):
+                    best = {"epoch": epoch, "score": score, **scores}
+                    save_model(run / "best.safetensors", model)
+                if epoch == (recipe.epochs + 1) // 2:
+                    keep_patterns(run, "middle", model)
+                done, losses[:] = 0, math.nan
+                order_at_start = order.get_state()
+                if epoch == recipe.epochs or time.perf_counter() - last_save > SAVE_EVERY:
+                    save_checkpoint(checkpoint, state(epoch + 1, 0))
+                    last_save = time.perf_counter()
+
+    seconds = spent + time.perf_counter() - began
+    save_model(run / "last.safetensors", model)
+    if best:
+        load_model(run / "best.safetensors", model)
+    keep_patterns(run, "end", model)
+    scores = evaluate(model, data.test, task, noise_scale, mixed, layout)  # the one time the test data are touched
+    kept, size = sparsity_report(model).weights
+    end = {
+        "event": "end",
+        "asked_density": recipe.density, "density": kept / size, "kept": kept, "weights": size,
+        **{name.replace("val_", "test_"): value for name, value in scores.items()},
+        **{name: value for name, value in best.items() if name.startswith("val_")},
+        "best_epoch": best.get("epoch"), "lam": rows[-1]["lam"], "seconds": round(seconds, 3), "note": data.note,
+    }  # fmt: skip
+    metrics.add(end)
+    return end
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, "auto" for a GPU where there is one; ValueError where it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"Invalid `device`: {name!r}; it cannot be used here ({str(error).splitlines()[0]}).") from None
+    return torch.device(name)
+
+
+def start_sparse(recipe: Recipe, model: nn.Module) -> None:
+    """Draw the sparse start in groups that fit the regulariser."""
+    start = min(recipe.initial_density, (recipe.density or 1.0) / 2)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    layers = list(weight_layers(model))
+    for groups, linear in zip(linear_and_conv_groups(recipe), (True, False), strict=True):
+        for _, module, weight in layers:
+            if (weight.dim() == 2) == linear:
+                sparse_init_(module, start, groups, generator)
+                if recipe.regularizer == "nonnegative-l1":
+                    weight.data.abs_()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, split: Split, task: str, noise_scale: Tensor, mixed: Callable[[], Any], layout: dict[str, Any]
+) -> dict[str, float]:
+    """val_loss, and val_accuracy where there are classes. In eval mode, so that norms keep their statistics."""
+    training = model.training
+    model.eval()
+    loss = torch.zeros((), device=split.x.device)
+    correct = torch.zeros((), device=split.x.device)
+    generator = torch.Generator(split.x.device).manual_seed(0)  # the same noise in every epoch
+    for x, y in Batches(split, EVALUATION_BATCH):
+        with mixed():
+            if task == "denoise":
+                noise = torch.randn(x.shape, device=x.device, generator=generator)
+                loss += F.mse_loss(model(x + noise_scale * noise), x) * len(x)
+            else:
+                out = model(x.contiguous(**layout) if layout else x)
+                loss += F.cross_entropy(out, y, reduction="sum")
+                correct += (out.argmax(1) == y).sum()
+    model.train(training)
+    scores = {"val_loss": loss.item() / len(split)}
+    if task != "denoise":
+        scores["val_accuracy"] = correct.item() / len(split)
+    return scores
+
+
+def measure(
+    epoch: int, train_loss: float | None, scores: dict[str, float], model: nn.Module,
+    optimizer: torch.optim.Optimizer, recipe: Recipe, seconds: float, rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    """The metrics row of an epoch."""
+    report = sparsity_report(model)
+    group = optimizer.param_groups[0]
+    lam = group.get("lam")
+    return {
+        "epoch": epoch, "train_loss": train_loss, **scores, "density": report.density,
+        "on_target": near(report.density, recipe.density),
+        "lam": float(lam) if lam is not None else None, "lr": float(group["lr"]),
+        "seconds": round(seconds, 3), "images_per_second": round(rate),
+        "layers": {layer.name: layer.density for layer in report.layers},
+        "kept_layers": {layer.name: layer.weights[0] for layer in report.layers},
+        "size_layers": {layer.name: layer.weights[1] for layer in report.layers},
+    }  # fmt: skip
+
+
+def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path) -> Tensor:
+    """The losses, or a RunError that names the first step at which one was not finite."""
+    wrong = (~losses.isfinite()).nonzero()
+    if len(wrong):
+        i = int(wrong[0])
+        raise RunError(
+            f"The loss became {losses[i].item()} at step {(epoch - 1) * steps_per_epoch + i + 1} (epoch {epoch}); "
+            f"{'the last good checkpoint is ' + str(checkpoint) if checkpoint.exists() else 'nothing was saved yet'}. "
+            "A smaller --lr may help."
+        )
+    return losses
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM set a flag that the loop reads; a second one interrupts at once."""
+    flag = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Metrics:
+    """metrics.jsonl, and the same as TensorBoard events where TensorBoard is installed."""
+
+    def __init__(self, run: Path, rows: list[dict[str, Any]]) -> None:
+        self.path = run / "metrics.jsonl"
+        # What a killed run wrote after its last checkpoint is written again by the resumed one.
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self.board: Any = None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=len(rows) or None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"Could not write {self.path}: {error.strerror}.") from None
+        if self.board is not None:
+            step = row.get("epoch") or row.get("best_epoch") or 0
+            for name, value in row.items():
+                if isinstance(value, int | float) and name not in ("epoch", "best_epoch"):
+                    self.board.add_scalar(name, value, step)
+            for name, value in row.get("layers", {}).items():
+                self.board.add_scalar(f"density/{name}", value, step)
+            self.board.flush()
+
+
+def keep_patterns(run: Path, when: str, model: nn.Module) -> None:
+    """Add the pictures of where the weights are non-zero to patterns.npz."""
+    path = run / "patterns.npz"
+    pictures: dict[str, np.ndarray[Any, Any]] = {}
+    if path.exists() and when != "start":
+        with np.load(path, allow_pickle=False) as old:
+            pictures = {name: old[name] for name in old.files}
+    for name, _, weight in weight_layers(model):
+        pictures[f"{when}/{name}"] = weight_pattern(weight.detach().cpu())
+    write_atomically(path, lambda file: np.savez_compressed(file, **pictures))  # type: ignore[arg-type]
+
+
+def save_model(path: Path, model: nn.Module) -> None:
+    """The weights as safetensors."""
+    tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    # One copy of tied tensors: safetensors refuses two names for one memory.
+    seen: dict[int, str] = {}
+    unique = {n: t for n, t in tensors.items() if t.numel() == 0 or seen.setdefault(t.data_ptr(), n) == n}
+    write_atomically(path, to_safetensors(unique))
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Read what `save_model` wrote."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(path), strict=False)

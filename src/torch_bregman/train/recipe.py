@@ -1,0 +1,220 @@
+"""What a run is made of: the options of the command line, the recipe file, and the objects they name."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..choices import choose
+from ..control import TargetDensity
+from ..density import check_density
+from ..layers import param_groups
+from ..optim import AdaBreg, BregmanOptimizer, LinBreg, ProxSGD
+from ..optim.base import check_number
+from ..regularizers import GROUPS, L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
+from .files import write_atomically
+
+#: optimizer → its default lr
+OPTIMIZERS = {"adabreg": 1e-2, "linbreg": 1e-1, "proxsgd": 1e-1, "adam": 1e-3, "sgd": 1e-1}
+DENSE = ("adam", "sgd")
+REGULARIZERS = ("l1", "nonnegative-l1", "group-l1", "sparse-group-l1", "nuclear")
+SCHEDULES = ("cosine", "constant", "plateau")
+PRECISIONS = ("32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result of a run."""
+
+    dataset: str = "digits"
+    """digits, mnist, fashion-mnist, cifar10, or a path: an .npz with your arrays, or a folder of images."""
+
+    model: str = "auto"
+    """mlp, convnet, resnet18, autoencoder, or package.module:function of your own, called with (shape, classes). auto:
+    resnet18 for cifar10, mlp for the rest."""
+
+    density: float | None = None
+    """Share of the Linear and Conv weights to keep, 0.05 for 5 %. The run ends exactly there. [0.05 unless --lam]"""
+
+    lam: float | None = None
+    """A fixed λ instead of a density; with --density, the λ to start from."""
+
+    optimizer: str = "adabreg"
+    """adabreg, linbreg, proxsgd; or a dense adam, sgd."""
+
+    lr: float | None = None
+    """Step size τ. [adabreg 0.01, linbreg 0.1, proxsgd 0.1, adam 0.001, sgd 0.1]"""
+
+    momentum: float = 0.0
+    """For linbreg, proxsgd and sgd, by the rule of torch.optim.SGD."""
+
+    delta: float = 1.0
+    """δ of the elastic net: scales the weights, never the support."""
+
+    eps: float = 1e-8
+    """ε of adabreg and adam; 1e-4 keeps weights with tiny gradients out."""
+
+    weight_decay: float = 0.0
+    """Added to the gradient."""
+
+    regularizer: str = "l1"
+    """l1, nonnegative-l1, group-l1, sparse-group-l1, nuclear."""
+
+    groups: str = "auto"
+    """For the group regularisers: rows or columns of Linear, kernels, filters or channels of Conv weights. auto: rows of
+    Linear and kernels of Conv. Layers of the other kind get l1."""
+
+    control: str = "feedback"
+    """How the density is reached: feedback (λ follows slowly) or exact (in every step)."""
+
+    initial_density: float = 0.01
+    """Share of each layer that is alive at the start; less where a smaller density is asked for."""
+
+    epochs: int = 30
+    """Passes over the training data."""
+
+    batch_size: int = 128
+    """Samples per step."""
+
+    schedule: str = "cosine"
+    """cosine to zero, constant, or plateau (the paper's: lr halved when the validation loss stalls)."""
+
+    augment: str = "none"
+    """none, shift (by up to a pixel or two), crop-flip (for natural images)."""
+
+    noise: float = 0.05
+    """Autoencoder: standard deviation of the noise that is added to the pixels, which lie in [0, 1]."""
+
+    limit: int | None = None
+    """Use only so many training samples, for a quick look."""
+
+    seed: int = 0
+    """Of the weights and of the order of the data."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+
+    precision: str = "32"
+    """32, or mixed: bf16, fp16 (CUDA)."""
+
+    def __post_init__(self) -> None:
+        # So that a recipe read back from its file is the same recipe.
+        if self.model == "auto":
+            object.__setattr__(self, "model", "resnet18" if self.dataset == "cifar10" else "mlp")
+        if self.density is None and self.lam is None and self.optimizer not in DENSE:
+            object.__setattr__(self, "density", 0.05)
+        if self.lr is None:
+            object.__setattr__(self, "lr", OPTIMIZERS.get(self.optimizer, 1e-2))
+
+    def check(self) -> Recipe:
+        """Self, or a ValueError that names the option, its value and what was expected."""
+        choose("optimizer", self.optimizer, OPTIMIZERS)
+        choose("regularizer", self.regularizer, REGULARIZERS)
+        choose("groups", self.groups, ("auto", *GROUPS))
+        choose("control", self.control, ("feedback", "exact"))
+        choose("schedule", self.schedule, SCHEDULES)
+        choose("precision", self.precision, PRECISIONS)
+        if self.density is not None:
+            check_density(self.density)
+            if self.optimizer in DENSE:
+                raise ValueError(f"Invalid `density`: {self.density}; {self.optimizer} trains dense, use adabreg.")
+            if self.regularizer == "nuclear":
+                raise ValueError("Invalid `density`: the nuclear norm makes low rank, not zeros; give `lam` instead.")
+        check_density(self.initial_density, name="initial_density", one_allowed=True)
+        for name in ("lam", "lr", "eps", "weight_decay", "noise"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
+        check_number("momentum", self.momentum, high=1.0)
+        check_number("delta", self.delta, strict=True)
+        for name in ("epochs", "batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"Invalid `{name}`: {value!r}; expected a whole number of at least 1.")
+        return self
+
+    def twin(self) -> Recipe:
+        """The dense twin: the same network and data, trained with Adam."""
+        return replace(self, optimizer="adam", lr=OPTIMIZERS["adam"], density=None, lam=None, momentum=0.0)
+
+    @staticmethod
+    def read(path: Path) -> Recipe:
+        """The recipe in a TOML file; ValueError where it is none."""
+        try:
+            values = tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"Cannot read the recipe {path}: {error}.") from None
+        known = [f.name for f in fields(Recipe)]
+        for name in values:
+            choose("recipe option", name, known)
+        return Recipe(**values).check()
+
+    def write(self, path: Path) -> None:
+        """As TOML, whole or not at all."""
+        import tomli_w
+
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        write_atomically(path, tomli_w.dumps(values).encode())
+
+
+def make_regularizer(recipe: Recipe) -> dict[Any, Regularizer | None]:
+    """The regulariser of each kind of layer."""
+    if recipe.regularizer == "l1":
+        return {"*": L1()}
+    if recipe.regularizer == "nonnegative-l1":
+        return {"*": NonNegativeL1()}
+    if recipe.regularizer == "nuclear":
+        return {"*": NuclearNorm()}
+    make = GroupL1 if recipe.regularizer == "group-l1" else SparseGroupL1
+    linear, conv = linear_and_conv_groups(recipe)
+    return {nn.Linear: make(linear) if linear else L1(), "*": make(conv) if conv else L1()}
+
+
+def linear_and_conv_groups(recipe: Recipe) -> tuple[str | None, str | None]:
+    """The groups of Linear and of Conv weights, None for single entries."""
+    if recipe.regularizer not in ("group-l1", "sparse-group-l1"):
+        return None, None
+    if recipe.groups == "auto":
+        return "rows", "kernels"
+    return (recipe.groups, None) if recipe.groups in ("rows", "columns") else (None, recipe.groups)
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the recipe names, on the weights of `model`."""
+    lr = recipe.lr if recipe.lr is not None else OPTIMIZERS[recipe.optimizer]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr, eps=recipe.eps, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    groups = param_groups(model, make_regularizer(recipe), recipe.lam or 0.0)
+    if recipe.optimizer == "adabreg":
+        return AdaBreg(groups, lr, eps=recipe.eps, delta=recipe.delta, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "linbreg":
+        return LinBreg(
+            groups, lr, delta=recipe.delta, momentum=recipe.momentum, momentum_rule="sgd",
+            weight_decay=recipe.weight_decay,
+        )  # fmt: skip
+    return ProxSGD(groups, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
+def make_control(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int
+) -> TargetDensity | None:
+    """The controller, where a density was asked for."""
+    if recipe.density is None or not isinstance(optimizer, BregmanOptimizer):
+        return None
+    return TargetDensity(optimizer, recipe.density, recipe.control, total_steps, model=model)
+
+
+def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    """A scheduler of torch, stepped after every step, or for "plateau" after every epoch."""
+    schedulers = torch.optim.lr_scheduler
+    if recipe.schedule == "cosine":
+        return schedulers.CosineAnnealingLR(optimizer, total_steps)
+    if recipe.schedule == "plateau":
+        return schedulers.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
+    return schedulers.ConstantLR(optimizer, factor=1.0, total_iters=0)
