@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import cyclopts
     from cyclopts import App, Parameter
     from rich.console import Console
+    from rich.text import Text
 except ImportError:
     sys.exit("The command line needs its extra: pip install 'torch-bregman[train]'.")
 
@@ -43,8 +44,8 @@ def train(
 ) -> None:
     """Train a sparse network on DATASET and write a run folder with metrics, checkpoints and report.html.
 
-    The network starts with 1 % of its weights; the optimizer adds the ones that matter, until the density that was asked
-    for is reached, exactly. Examples:
+    The network starts with 1 % of its weights; the optimizer adds the ones that matter, until the density that
+    was asked for is reached, exactly. Examples:
 
     * `torch-bregman train digits` - 5 % of the weights of a small network, in seconds, without a download.
     * `torch-bregman train mnist --density 0.02 --compare` - 2 %, beside the dense twin.
@@ -65,7 +66,7 @@ def train(
     out
         The run folder; by default a new one under runs/.
     resume
-        Go on with the run in this folder, bit for bit as if it had not stopped. Without a folder: with the one of --out.
+        Go on with the run in this folder, bit for bit as if it had not stopped. Without a folder: the one of --out.
     config
         A TOML file with any of these options; options on the command line come before it.
     quiet
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
                 app.config = [cyclopts.config.Toml(path, must_exist=True, use_commands_as_keys=False)]
         app(argv)
     except (RunError, DataError, ValueError) as error:
-        errors.print(f"[red]Error:[/red] {Text(str(error)).plain}" if TYPE_CHECKING else _error(str(error)))
+        errors.print(_error(str(error)))
         sys.exit(1)
     except KeyboardInterrupt:
         errors.print("Interrupted.")
@@ -202,9 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _error(text: str) -> Any:
-    from rich.text import Text
-
+def _error(text: str) -> Text:
     return Text.assemble(("Error: ", "bold red"), " ".join(text.split()))
 
 

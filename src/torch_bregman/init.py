@@ -25,8 +25,8 @@ def sparse_init_(
     """Redraw all Linear and Conv weights so that a share `density` of each is alive and signals keep their variance.
 
     W = W̃ ⊙ M with M a mask of exactly round(density·n) ones (at least one) drawn without replacement, and
-    Var[W̃] = α/r, where α = gain²/fan_in is the usual variance (2/fan_in for ReLU) and r the share alive: zeroing all but a
-    share r of the terms of a sum takes the factor r from its variance. θ = 0 would be symmetric and could not train.
+    Var[W̃] = α/r, where α = gain²/fan_in is the usual variance (2/fan_in for ReLU) and r the share alive: zeroing all
+    but a share r of the terms of a sum takes a factor r from its variance. θ = 0 would be symmetric and not train.
 
     Args:
         model: changed in place. Norms and other parameters stay as they are.
@@ -35,7 +35,7 @@ def sparse_init_(
             another shape (Linear layers under "kernels") are drawn entry by entry.
         generator: where the numbers come from; on the CPU, so that every device gets the same weights.
         nonlinearity: as in `torch.nn.init.calculate_gain`. For "relu" and its like biases are drawn from
-            [0, s/√fan_in], so that neurons without inputs start active; for odd activations from [−s/√fan_in, s/√fan_in].
+            (0, s/√fan_in], so that neurons without inputs start active; for odd activations from both sides of 0.
         bias_scale: s.
 
     Returns:
@@ -48,7 +48,7 @@ def sparse_init_(
     layers = list(weight_layers(model))
     if not layers:
         raise ValueError("`model` has no Linear or Conv layer to initialise.")
-    gain = nn.init.calculate_gain(nonlinearity)
+    gain = nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]
     fits = [_fits(groups, layer.weight) for layer in layers]
     if groups is not None and not any(fits):
         shapes = ", ".join(str(tuple(layer.weight.shape)) for layer in layers[:3])

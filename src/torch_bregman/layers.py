@@ -51,7 +51,7 @@ def lookup(choices: Mapping[Any, Any], name: str, layer: Layer | None) -> Any:
 
 def param_groups(
     model: nn.Module,
-    regularizer: Regularizer | None | Mapping[Any, Regularizer | None] = L1(),  # noqa: B008 - frozen
+    regularizer: Regularizer | Mapping[Any, Regularizer | None] | None = L1(),  # noqa: B008 - frozen
     lam: float | Tensor | Mapping[Any, float | Tensor] = 0.0,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -59,9 +59,9 @@ def param_groups(
 
     Args:
         model: the network; tied parameters appear once.
-        regularizer: for every Linear and Conv weight. A mapping chooses per layer, first match wins: its keys are module
-            types (`{nn.Linear: tb.L1(), nn.Conv2d: tb.GroupL1("kernels")}`) or patterns of parameter or module names
-            (`{"head.*": None, "*": tb.L1()}`). A pattern that ends in a name ("*.in_proj_weight") also reaches
+        regularizer: for every Linear and Conv weight. A mapping chooses per layer, first match wins: its keys are
+            module types (`{nn.Linear: tb.L1(), nn.Conv2d: tb.GroupL1("kernels")}`) or patterns of parameter or module
+            names (`{"head.*": None, "*": tb.L1()}`). A pattern that ends in a name ("*.in_proj_weight") also reaches
             parameters that are no Linear or Conv weight.
         lam: λ, or a mapping of the same kind.
         options: anything else for the groups, such as `lr` or `delta`.

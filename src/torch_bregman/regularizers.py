@@ -7,6 +7,7 @@ that works for it (see CONTRIBUTING.md).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -65,7 +66,7 @@ class Regularizer:
         """Raise ValueError if a weight of this shape cannot be regularised."""
 
 
-def _bisect(alive, low: Tensor, high: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _bisect(alive: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
     """Per entry, the λ in [low, high] where `alive(λ)` turns false, to the last float."""
     for _ in range(60):
         middle = (low + high) / 2
@@ -126,7 +127,7 @@ class NonNegativeL1(Regularizer):
 
 
 #: name → (what it belongs to, the dimensions that a group spans, given the number of dimensions)
-GROUPS = {
+GROUPS: dict[str, tuple[str, Callable[[int], tuple[int, ...]]]] = {
     "rows": ("a Linear weight [out, in]", lambda ndim: (1,)),
     "columns": ("a Linear weight [out, in]", lambda ndim: (0,)),
     "kernels": ("a Conv weight [out, in, *kernel]", lambda ndim: tuple(range(2, ndim))),
@@ -166,7 +167,9 @@ class _Grouped(Regularizer):
         if isinstance(self.groups, str):
             group_dims(self.groups, shape)
         elif _broadcasts(self.groups.shape, shape) is False:
-            raise ValueError(f"`groups` has shape {tuple(self.groups.shape)}, which does not fit a weight {tuple(shape)}.")
+            raise ValueError(
+                f"`groups` has shape {tuple(self.groups.shape)}, which does not fit a weight {tuple(shape)}."
+            )
 
     def __repr__(self) -> str:
         groups = self.groups if isinstance(self.groups, str) else f"<index {tuple(self.groups.shape)}>"
@@ -201,7 +204,7 @@ class _Grouped(Regularizer):
 
 def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
     try:
-        return torch.broadcast_shapes(small, large) == large
+        return torch.empty(small, device="meta").expand(large).shape == large
     except RuntimeError:
         return False
 
@@ -238,7 +241,8 @@ class GroupL1(_Grouped):
         return torch.where(self.norms(weight) == 0, ball, self.subgradient(weight))
 
     def thresholds(self, v: Tensor) -> Tensor:
-        return (self.norms(v) / self.scale(v)).expand_as(v)
+        # An entry whose v is exactly zero stays zero in a live group.
+        return torch.where(v == 0, 0.0, self.norms(v) / self.scale(v))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -113,7 +113,9 @@ class BregmanOptimizer(Optimizer):
         for i, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
             if mine != other:
                 last.remove()
-                raise ValueError(f"`state_dict` was saved with regularizer {other} in group {i}; this group has {mine}.")
+                raise ValueError(
+                    f"`state_dict` was saved with regularizer {other} in group {i}; this group has {mine}."
+                )
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -129,7 +131,7 @@ class BregmanOptimizer(Optimizer):
     # ------------------------------------------------------------------ the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure` re-evaluates the loss and returns it. Parameters without a gradient are left alone."""
         loss = None
         if closure is not None:
@@ -148,7 +150,9 @@ class BregmanOptimizer(Optimizer):
                     self._update(params[at], grads[at], group, regularizer)
         return loss
 
-    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> None:
+    def _update(
+        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
+    ) -> None:
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             self._follow(p, state, group, reg)
@@ -166,9 +170,13 @@ class BregmanOptimizer(Optimizer):
         grad = p.grad
         assert grad is not None
         if grad.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a layer with sparse=False.")
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients; use a layer with sparse=False."
+            )
         if grad.is_complex():
-            raise RuntimeError(f"{type(self).__name__} does not support complex gradients; pass real and imaginary parts.")
+            raise RuntimeError(
+                f"{type(self).__name__} does not support complex gradients; pass real and imaginary parts."
+            )
         grad = grad.to(_dual_dtype(p))
         if group["maximize"]:
             grad = -grad

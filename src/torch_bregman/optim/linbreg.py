@@ -62,7 +62,8 @@ class LinBreg(BregmanOptimizer):
     ) -> None:
         defaults = {
             "lr": lr, "lam": lam, "delta": delta, "momentum": momentum, "momentum_rule": momentum_rule,
-            "nesterov": nesterov, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach, "fused": fused,
+            "nesterov": nesterov, "weight_decay": weight_decay,
+            "maximize": maximize, "foreach": foreach, "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults, regularizer)
 

@@ -51,7 +51,9 @@ class ProxSGD(BregmanOptimizer):
     def _start(self) -> None:
         """θ is the whole state, so there is nothing to create and a dense start does no harm."""
 
-    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> None:
+    def _update(
+        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
+    ) -> None:
         lr = as_float(group["lr"])
         if group["momentum"] != 0:
             grads = sgd_direction(grads, [self.state[p] for p in params], group)

@@ -35,7 +35,9 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"Could not write {path}: {error.strerror or error}; what was there before is untouched.") from None
+        raise RunError(
+            f"Could not write {path}: {error.strerror or error}; what was there before is untouched."
+        ) from None
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

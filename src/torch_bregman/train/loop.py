@@ -20,8 +20,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import AUGMENTATIONS, Batches, Dataset, Split, load
-from ..density import density, sparsity_report
+from ..data import AUGMENTATIONS, Batches, Split, load
+from ..density import sparsity_report
 from ..init import sparse_init_
 from ..layers import weight_layers
 from ..models import build
@@ -36,14 +36,14 @@ LOOK_EVERY = 0.25  # seconds between looks at the loss, each of which waits for 
 EVALUATION_BATCH = 1000
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """The run was interrupted and has saved its state."""
 
 
 def fit(
     recipe: Recipe, run: Path, *, data_root: Path | None = None, quiet: bool = False, title: str = ""
 ) -> dict[str, Any]:
-    """Train what `recipe` says in the folder `run`, going on where a checkpoint lies there; returns its last metrics row.
+    """Train what `recipe` says in the folder `run`, going on from a checkpoint there; returns its last metrics row.
 
     Raises RunError for what a person can act on, Stopped after Ctrl-C or SIGTERM.
     """
@@ -152,7 +152,7 @@ def fit(
                     optimizer.zero_grad()
                     with mixed():
                         loss = loss_of(x, y)
-                    scaler.scale(loss).backward()
+                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                     scaler.step(optimizer)
                     scaler.update()
                     if control:
@@ -220,7 +220,9 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"Invalid `device`: {name!r}; it cannot be used here ({str(error).splitlines()[0]}).") from None
+        raise ValueError(
+            f"Invalid `device`: {name!r}; it cannot be used here ({str(error).splitlines()[0]})."
+        ) from None
     return torch.device(name)
 
 
@@ -279,6 +281,7 @@ def measure(
         "layers": {layer.name: layer.density for layer in report.layers},
         "kept_layers": {layer.name: layer.weights[0] for layer in report.layers},
         "size_layers": {layer.name: layer.weights[1] for layer in report.layers},
+        "shape_layers": {layer.name: list(layer.shape) for layer in report.layers},
     }  # fmt: skip
 
 

@@ -66,8 +66,8 @@ class Recipe:
     """l1, nonnegative-l1, group-l1, sparse-group-l1, nuclear."""
 
     groups: str = "auto"
-    """For the group regularisers: rows or columns of Linear, kernels, filters or channels of Conv weights. auto: rows of
-    Linear and kernels of Conv. Layers of the other kind get l1."""
+    """For the group regularisers: rows or columns of Linear, kernels, filters or channels of Conv weights. auto: rows
+    of Linear and kernels of Conv. Layers of the other kind get l1."""
 
     control: str = "feedback"
     """How the density is reached: feedback (λ follows slowly) or exact (in every step)."""
@@ -108,6 +108,8 @@ class Recipe:
             object.__setattr__(self, "model", "resnet18" if self.dataset == "cifar10" else "mlp")
         if self.density is None and self.lam is None and self.optimizer not in DENSE:
             object.__setattr__(self, "density", 0.05)
+        if self.lam is None and self.optimizer == "proxsgd":
+            object.__setattr__(self, "lam", 1e-3)  # without a dual there is nothing to find it from
         if self.lr is None:
             object.__setattr__(self, "lr", OPTIMIZERS.get(self.optimizer, 1e-2))
 
