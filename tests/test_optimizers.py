@@ -449,7 +449,7 @@ def test_low_precision_weights_have_float32_state(case: Case, kind: str, dtype: 
         assert set(floats(other).values()) <= {torch.float32}, floats(other)
         for mine, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):
             for name, value in mine.items():
-                assert (same(value, theirs[name]) is None) if isinstance(value, Tensor) else value == theirs[name]
+                assert torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
 
 
 def test_dual_of_a_scalar_parameter_stays_float32_after_loading() -> None:
@@ -510,6 +510,19 @@ def test_a_new_lam_is_obeyed_by_the_next_step(case: Case, kind: str) -> None:
         noop_step(optimizer)
         same(optimizer.state[p]["dual"], v)  # it remembers all of it
         np.testing.assert_allclose(p.detach().numpy(), case.np_prox(v.numpy(), lam), rtol=1e-12, atol=1e-12)
+
+
+@every_dual
+def test_a_lam_tensor_changed_in_place_is_a_new_lam(kind: str) -> None:
+    case, lam = REGULARISERS[0], torch.full(LINEAR, LAM, dtype=torch.float64)
+    p = weight_of(case)
+    optimizer = build(kind, [p], case, lam=lam)
+    walk(optimizer, p, random_gradients(p, 10))
+    v = optimizer.state[p]["dual"].clone()
+    optimizer.param_groups[0]["lam"].mul_(0.5)
+    noop_step(optimizer)
+    same(optimizer.state[p]["dual"], v)
+    np.testing.assert_allclose(p.detach().numpy(), np_soft(v.numpy(), 0.5 * LAM), rtol=1e-12, atol=1e-12)
 
 
 @cases()
@@ -801,6 +814,19 @@ def test_scaling_from_outside_keeps_the_whole_memory(case: Case) -> None:
     noop_step(optimizer)
     close(optimizer.state[net.weight]["dual"], v - 0.75 * before / 0.5, 1e-12)
     assert int((before == 0).sum()) > 0 or case.name == "nuclear"
+
+
+def test_a_weight_set_to_zero_waits_at_the_threshold() -> None:
+    """p stays as near as it can be: it takes little to bring the weight back, and nothing brings it back by itself."""
+    net, optimizer = trained("linbreg", REGULARISERS[0], torch.float64)
+    before = net.weight.detach().clone()
+    net.weight.data.zero_()
+    noop_step(optimizer)
+    live, v = before != 0, optimizer.state[net.weight]["dual"]
+    close(v[live], LAM * before[live].sign(), 1e-12)
+    assert bool((v.abs() <= LAM).all())
+    walk(optimizer, net.weight, [-1e-3 * before.sign()])
+    assert torch.equal(net.weight.detach().sign()[live], before.sign()[live])
 
 
 def test_sparse_group_keeps_the_memory_of_zeros_in_an_edited_live_group() -> None:

@@ -582,6 +582,25 @@ def test_step_with_zero_gradients_is_a_noop(info: Info, given: Input, penalty: s
 
 
 @penalised
+@with_inputs
+def test_gradients_are_neither_changed_nor_kept(info: Info, given: Input, penalty: str) -> None:
+    """They may be overwritten in place between steps, as zero_grad(set_to_none=False) and DDP's buckets do."""
+    params = [thinned(_param(3, 3)), thinned(_param(3, 3))]
+    reused, fresh = (info.build([p], penalty, **given.kwargs) for p in params)
+    buffer = torch.zeros(3, 3)
+    params[0].grad = buffer
+    for k in range(4):
+        grad = torch.randn(3, 3, generator=torch.Generator().manual_seed(k))
+        buffer.copy_(grad)
+        params[1].grad = grad.clone()
+        for optimizer in (reused, fresh):
+            optimizer.step()
+        assert torch.equal(buffer, grad)
+        assert params[0].grad is buffer
+    assert torch.equal(params[0], params[1])
+
+
+@penalised
 @each
 def test_state_is_there_after_a_step(info: Info, penalty: str) -> None:
     model = network()

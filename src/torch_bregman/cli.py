@@ -78,8 +78,7 @@ def train(
         run, recipe = resume, read_recipe(resume)
         compare = compare or (run / "dense").exists()
     else:
-        recipe = replace(recipe, dataset=dataset or recipe.dataset)
-        recipe = replace(recipe, model="auto" if recipe.model == "auto" else recipe.model).check()
+        recipe = replace(recipe, dataset=dataset or recipe.dataset).check()
         run = new_run(out, recipe)
         recipe.write(run / "recipe.toml")
         if compare:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .choices import choose
-from .density import check_density, count_nonzero
+from .density import check_density
 from .layers import weight_layers
 from .optim import BregmanOptimizer
-from .optim.base import check_number
+from .optim.base import check_number, count_nonzero
 from .regularizers import NuclearNorm
 
 WARM_UP = 200  # steps in which λ is looked for where none was given

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import weight_layers
+from .optim.base import count_nonzero
 from .regularizers import NuclearNorm
 
 
@@ -19,14 +20,6 @@ def check_density(density: float, *, name: str = "density", one_allowed: bool = 
     if not (0 < density < 1 or (one_allowed and density == 1)):
         hint = f"; for {density:g} % write {density / 100:g}" if 1 < density <= 100 else ""
         raise ValueError(f"Invalid `{name}`: {density!r}; expected a number in {bounds}{hint}.")
-
-
-def count_nonzero(tensors: list[Tensor]) -> list[int]:
-    """The number of exact non-zeros of each tensor, counted where they live, fetched in one go."""
-    if not tensors:
-        return []
-    device = tensors[0].device
-    return torch.stack([torch.count_nonzero(t).to(device) for t in tensors]).tolist()
 
 
 @torch.no_grad()

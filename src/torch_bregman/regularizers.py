@@ -7,6 +7,7 @@ that works for it (see CONTRIBUTING.md).
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,8 +39,13 @@ class Regularizer:
 
     def nearest_subgradient(self, weight: Tensor, near: Tensor) -> Tensor:
         """The element of ∂J₁(θ) closest to `near`: keeps what the dual remembers about weights that are zero."""
-        # near − prox(near, 1) projects on ∂J₁(0) (Moreau), which is right for every entry that stands alone.
-        return torch.where(weight == 0, near - self.prox(near, 1.0), self.subgradient(weight))
+        # near − prox(near, 1) projects on ∂J₁(0) for a homogeneous J (Moreau), and leads there for any other.
+        for _ in range(1 if self.homogeneous else 100):
+            outside = self.prox(near, 1.0)
+            near = near - outside
+            if not self.homogeneous and not bool(outside.any()):
+                break
+        return torch.where(weight == 0, near, self.subgradient(weight))
 
     def coupled(self, mask: Tensor) -> Tensor:
         """The entries whose subgradient depends on an entry in `mask`; by default one entry touches them all."""
@@ -61,6 +67,10 @@ class Regularizer:
     def lambda_max(self, v: Tensor) -> Tensor:
         """The smallest λ at which prox(v, λ) is zero everywhere (the dual norm of `v` for a norm), a scalar tensor."""
         return self.thresholds(v).max()
+
+    def alive(self, weight: Tensor) -> Tensor:
+        """The share of `weight` that is alive, a scalar tensor: non-zero over all entries."""
+        return torch.count_nonzero(weight) / max(weight.numel(), 1)
 
     def check(self, shape: torch.Size) -> None:
         """Raise ValueError if a weight of this shape cannot be regularised."""
@@ -166,13 +176,15 @@ class _Grouped(Regularizer):
     def check(self, shape: torch.Size) -> None:
         if isinstance(self.groups, str):
             group_dims(self.groups, shape)
-        elif _broadcasts(self.groups.shape, shape) is False:
+        elif not broadcasts(self.groups.shape, shape):
             raise ValueError(
                 f"`groups` has shape {tuple(self.groups.shape)}, which does not fit a weight {tuple(shape)}."
             )
 
     def __repr__(self) -> str:
-        groups = self.groups if isinstance(self.groups, str) else f"<index {tuple(self.groups.shape)}>"
+        groups = self.groups
+        if isinstance(groups, Tensor):  # two indices of one shape are two regularisers
+            groups = f"<index {tuple(groups.shape)} {zlib.crc32(groups.cpu().long().numpy().tobytes()):08x}>"
         rest = "".join(f", {k}={v!r}" for k, v in vars(self).items() if k != "groups")
         return f"{type(self).__name__}(groups={groups!r}{rest})"
 
@@ -202,7 +214,8 @@ class _Grouped(Regularizer):
         return sums.index_add_(0, index.reshape(-1), x.reshape(-1))[index]
 
 
-def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
+def broadcasts(small: torch.Size, large: torch.Size) -> bool:
+    """Whether a tensor of shape `small` broadcasts to exactly `large`."""
     try:
         return torch.empty(small, device="meta").expand(large).shape == large
     except RuntimeError:
@@ -331,6 +344,10 @@ class NuclearNorm(Regularizer):
     def thresholds(self, v: Tensor) -> Tensor:
         """Every entry: the largest singular value, for rank and not entries is what λ controls here."""
         return torch.linalg.matrix_norm(v.flatten(1), ord=2).expand(v.shape)
+
+    def alive(self, weight: Tensor) -> Tensor:
+        """The rank over the largest possible one: a weight of low rank has few zeros and is sparse all the same."""
+        return torch.tensor(self.rank(weight) / min(weight.flatten(1).shape))
 
     def rank(self, weight: Tensor) -> int:
         """The numerical rank of the weight as a matrix (out, rest)."""

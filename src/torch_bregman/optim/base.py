@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..regularizers import Regularizer
+from ..regularizers import Regularizer, broadcasts
 
 _NO_PENALTY = "none"
 
@@ -27,6 +27,8 @@ def check_number(name: str, value: Any, low: float = 0.0, *, strict: bool = Fals
 
 def _number(name: str, value: Any) -> float:
     try:
+        if isinstance(value, str):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"Invalid `{name}`: {value!r}; expected a number.") from None
@@ -79,13 +81,20 @@ class BregmanOptimizer(Optimizer):
             param_group.setdefault(name, default)
         self._check_group(param_group)
         super().add_param_group(param_group)
-        if given is not None:
-            try:
-                for p in self.param_groups[-1]["params"]:
+        try:
+            for p in self.param_groups[-1]["params"]:
+                if given is not None:
                     given.check(p.shape)
-            except ValueError:
-                del self.param_groups[-1]
-                raise
+                for name in ("lam", "delta"):
+                    value = param_group[name]
+                    if isinstance(value, Tensor) and not broadcasts(value.shape, p.shape):
+                        raise ValueError(
+                            f"Invalid `{name}`: a tensor of shape {tuple(value.shape)}; expected one that broadcasts "
+                            f"against a parameter of shape {tuple(p.shape)}."
+                        )
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         self.regularizers.append(given)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,36 +106,39 @@ class BregmanOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch puts it there; no option of ours
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict()`. Everything but the counters keeps the precision it was saved with.
+        """Load a `state_dict()`. The state keeps the precision it was saved with.
 
         Raises ValueError where the groups were saved with another regulariser.
         """
-        saved: dict[str, Any] = {}
-        last = self.register_load_state_dict_pre_hook(lambda _, final: saved.update(final))  # after the user's hooks
         ours = [_name(regularizer) for regularizer in self.regularizers]
-        theirs = [g.get("regularizer", name) for g, name in zip(state_dict["param_groups"], ours, strict=False)]
-        for i, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
-            if mine != other:
-                last.remove()
-                raise ValueError(
-                    f"`state_dict` was saved with regularizer {other} in group {i}; this group has {mine}."
-                )
+        for i, (mine, group) in enumerate(zip(ours, state_dict["param_groups"], strict=False)):
+            other = group.get("regularizer", mine)
+            if other != mine:
+                raise ValueError(f"`state_dict` was saved with regularizer {other} in group {i}; here it is {mine}.")
+        final: dict[str, Any] = {}  # what the user's own hooks make of it
+
+        def restore(_: Any) -> None:
+            # torch casts state to the parameter's dtype; a bfloat16 v would lose the support.
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            keys = [key for group in final["param_groups"] for key in group["params"]]
+            for key, p in zip(keys, parameters, strict=True):
+                for name, value in final["state"].get(key, {}).items():
+                    if name != "step" and isinstance(value, Tensor) and value.is_floating_point():
+                        self.state[p][name] = value.to(device=p.device, copy=True)
+
+        before = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            last.remove()
-        # torch casts state to the parameter's dtype; a bfloat16 v would lose the support.
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        keys = [k for group in saved["param_groups"] for k in group["params"]]
-        for key, p in zip(keys, parameters, strict=True):
-            for name, value in saved["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and value.dim() > 0 and value.is_floating_point():
-                    self.state[p][name] = value.to(device=p.device, copy=True)
+            before.remove()
+            after.remove()
 
     # ------------------------------------------------------------------ the step
 
@@ -186,7 +198,7 @@ class BregmanOptimizer(Optimizer):
 
     def _start(self) -> None:
         """Create the missing state, v = θ/δ + p with p ∈ ∂J(θ), and warn once about tensors that start dense."""
-        fresh: list[tuple[Tensor, Regularizer]] = []
+        fresh: list[tuple[tuple[int, ...], Tensor]] = []
         for group, reg in zip(self.param_groups, self.regularizers, strict=True):
             for p in group["params"]:
                 if p.grad is None or "dual" in self.state.get(p, {}):
@@ -199,7 +211,8 @@ class BregmanOptimizer(Optimizer):
                 dual = weight / group["delta"]
                 if reg is not None:
                     dual = dual + group["lam"] * reg.subgradient(weight)
-                    fresh.append((p, reg))
+                    if p.numel() and not p.is_meta:
+                        fresh.append((tuple(p.shape), reg.alive(weight)))
                 self.state[p]["dual"] = torch.empty_like(p, dtype=_dual_dtype(p)).copy_(dual)
                 self._remember(self.state[p], group)
         if fresh:
@@ -234,10 +247,11 @@ class BregmanOptimizer(Optimizer):
             dual.copy_(torch.where(changed, weight / delta, dual))
             return
         held = dual - primal(dual, reg, state["lam"], state["delta"]) / state["delta"]
-        tiny = torch.finfo(dual.dtype).tiny
-        near = held / (lam.clamp_min(tiny) if isinstance(lam, Tensor) else max(lam, tiny))
+        eps, tiny = torch.finfo(dual.dtype).eps, torch.finfo(dual.dtype).tiny
+        # Where λ is tiny or zero all memory is out of reach; it must not become infinite.
+        near = held / torch.as_tensor(lam).to(dual).clamp_min((eps * held.abs().amax()).clamp_min(tiny))
         # A hair inside, so that rounding does not lift an entry that was set to zero over the threshold.
-        p = torch.where(weight == 0, 1 - 4 * torch.finfo(dual.dtype).eps, 1.0) * reg.nearest_subgradient(weight, near)
+        p = (1 - 4 * eps * (weight == 0).to(dual.dtype)) * reg.nearest_subgradient(weight, near)
         dual.copy_(torch.where(reg.coupled(changed), weight / delta + lam * p, dual))
 
     # ------------------------------------------------------------------ for those who change λ between steps
@@ -272,6 +286,14 @@ def check_regularizer(regularizer: Any) -> None:
         raise ValueError(f"Invalid `regularizer`: {regularizer!r}; expected a tb.Regularizer such as tb.L1(), or None.")
 
 
+def count_nonzero(tensors: list[Tensor]) -> list[int]:
+    """The number of exact non-zeros of each tensor, counted where they live, fetched in one go."""
+    if not tensors:
+        return []
+    device = tensors[0].device
+    return torch.stack([torch.count_nonzero(t).to(device) for t in tensors]).tolist()
+
+
 def _name(regularizer: Regularizer | None) -> str:
     return _NO_PENALTY if regularizer is None else repr(regularizer)
 
@@ -280,16 +302,13 @@ def _dual_dtype(p: Tensor) -> torch.dtype:
     return p.dtype if p.dtype == torch.float64 else torch.float32
 
 
-def _warn_if_dense(fresh: Iterable[tuple[Tensor, Regularizer]]) -> None:
-    tensors = [p for p, _ in fresh if p.numel() and not p.is_meta]
-    if not tensors:
-        return
-    device = tensors[0].device
-    kept = torch.stack([torch.count_nonzero(p).to(device) for p in tensors]).tolist()
-    dense = [tuple(p.shape) for p, k in zip(tensors, kept, strict=True) if k > 0.5 * p.numel()]
+def _warn_if_dense(fresh: list[tuple[tuple[int, ...], Tensor]]) -> None:
+    device = fresh[0][1].device
+    shares = torch.stack([share.to(device) for _, share in fresh]).tolist()
+    dense = [shape for (shape, _), share in zip(fresh, shares, strict=True) if share > 0.5]
     if dense:
         warnings.warn(
-            f"{len(dense)} of {len(tensors)} regularised tensors start more than half dense (the first has shape "
+            f"{len(dense)} of {len(fresh)} regularised tensors start more than half dense (the first has shape "
             f"{dense[0]}). Bregman iterations add weights and hardly remove any: call tb.sparse_init_(model) first.",
-            stacklevel=4,
+            stacklevel=6,  # the caller of step(), past torch's wrappers
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import AUGMENTATIONS, Batches, Split, load
 from ..density import sparsity_report
@@ -70,6 +72,8 @@ def fit(
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         layout = {"memory_format": torch.channels_last}
         model.to(**layout)
+    if device.type == "cpu":
+        torch.set_num_threads(recipe.threads or pick_threads(model, data.train.x[: recipe.batch_size]))
     optimizer = make_optimizer(recipe, model)
     control = make_control(recipe, optimizer, model, total_steps)
     schedule = make_schedule(recipe, optimizer, total_steps)
@@ -183,8 +187,8 @@ def fit(
                 if recipe.schedule == "plateau":
                     schedule.step(scores["val_loss"])
                 score = scores.get("val_accuracy", -scores["val_loss"])
-                # A model off the density that was asked for is never the best one.
-                if (recipe.density is None or row["on_target"]) and score > best.get("score", -math.inf):
+                # A model off the density that was asked for is never the best one; of equals the later is the nearer.
+                if (recipe.density is None or row["on_target"]) and score >= best.get("score", -math.inf):
                     best = {"epoch": epoch, "score": score, **scores}
                     save_model(run / "best.safetensors", model)
                 if epoch == (recipe.epochs + 1) // 2:
@@ -224,6 +228,17 @@ def pick_device(name: str) -> torch.device:
             f"Invalid `device`: {name!r}; it cannot be used here ({str(error).splitlines()[0]})."
         ) from None
     return torch.device(name)
+
+
+def pick_threads(model: nn.Module, x: Tensor) -> int:
+    """All cores, or 1 for a network so small that threads cost more than they save: under a GFLOP per forward pass.
+
+    A rule and not a timing, for the number of threads decides about the last bits of a run.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    model.train()
+    return 1 if counter.get_total_flops() < 1e9 else os.cpu_count() or 1
 
 
 def start_sparse(recipe: Recipe, model: nn.Module) -> None:

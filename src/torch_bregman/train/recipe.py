@@ -12,6 +12,7 @@ from torch import nn
 
 from ..choices import choose
 from ..control import TargetDensity
+from ..data import AUGMENTATIONS
 from ..density import check_density
 from ..layers import param_groups
 from ..optim import AdaBreg, BregmanOptimizer, LinBreg, ProxSGD
@@ -20,7 +21,8 @@ from ..regularizers import GROUPS, L1, GroupL1, NonNegativeL1, NuclearNorm, Regu
 from .files import write_atomically
 
 #: optimizer → its default lr
-OPTIMIZERS = {"adabreg": 1e-2, "linbreg": 1e-1, "proxsgd": 1e-1, "adam": 1e-3, "sgd": 1e-1}
+OPTIMIZERS = {"adabreg": 2e-2, "linbreg": 5e-1, "proxsgd": 1e-1, "adam": 1e-3, "sgd": 1e-1}
+AUGMENT = {"mnist": "shift", "fashion-mnist": "shift", "cifar10": "crop-flip"}
 DENSE = ("adam", "sgd")
 REGULARIZERS = ("l1", "nonnegative-l1", "group-l1", "sparse-group-l1", "nuclear")
 SCHEDULES = ("cosine", "constant", "plateau")
@@ -47,8 +49,8 @@ class Recipe:
     optimizer: str = "adabreg"
     """adabreg, linbreg, proxsgd; or a dense adam, sgd."""
 
-    lr: float | None = None
-    """Step size τ. [adabreg 0.01, linbreg 0.1, proxsgd 0.1, adam 0.001, sgd 0.1]"""
+    lr: float = None  # type: ignore[assignment]  # filled, as are the next ones
+    """Step size τ. [adabreg 0.02, linbreg 0.5, proxsgd 0.1, adam 0.001, sgd 0.1]"""
 
     momentum: float = 0.0
     """For linbreg, proxsgd and sgd, by the rule of torch.optim.SGD."""
@@ -56,8 +58,8 @@ class Recipe:
     delta: float = 1.0
     """δ of the elastic net: scales the weights, never the support."""
 
-    eps: float = 1e-8
-    """ε of adabreg and adam; 1e-4 keeps weights with tiny gradients out."""
+    eps: float = None  # type: ignore[assignment]
+    """ε of adabreg and adam. The larger one keeps weights with tiny gradients out. [adabreg 1e-4, adam 1e-8]"""
 
     weight_decay: float = 0.0
     """Added to the gradient."""
@@ -75,8 +77,8 @@ class Recipe:
     initial_density: float = 0.01
     """Share of each layer that is alive at the start; less where a smaller density is asked for."""
 
-    epochs: int = 30
-    """Passes over the training data."""
+    epochs: int = None  # type: ignore[assignment]
+    """Passes over the training data. [digits 100, else 30]"""
 
     batch_size: int = 128
     """Samples per step."""
@@ -84,8 +86,9 @@ class Recipe:
     schedule: str = "cosine"
     """cosine to zero, constant, or plateau (the paper's: lr halved when the validation loss stalls)."""
 
-    augment: str = "none"
-    """none, shift (by up to a pixel or two), crop-flip (for natural images)."""
+    augment: str = "auto"
+    """none, shift (by up to a pixel either way), crop-flip (by up to four, and mirrored). auto: shift for mnist and
+    fashion-mnist, crop-flip for cifar10, none for the rest."""
 
     noise: float = 0.05
     """Autoencoder: standard deviation of the noise that is added to the pixels, which lie in [0, 1]."""
@@ -96,31 +99,48 @@ class Recipe:
     seed: int = 0
     """Of the weights and of the order of the data."""
 
+    threads: int = 0
+    """CPU threads. 0: all cores, or one for a network so small that threads would wait for each other."""
+
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
 
     precision: str = "32"
     """32, or mixed: bf16, fp16 (CUDA)."""
 
-    def __post_init__(self) -> None:
-        # So that a recipe read back from its file is the same recipe.
+    def filled(self) -> Recipe:
+        """With a value for everything that was left open, so that the file of a run says all."""
+        own: dict[str, Any] = {}
         if self.model == "auto":
-            object.__setattr__(self, "model", "resnet18" if self.dataset == "cifar10" else "mlp")
+            own["model"] = "resnet18" if self.dataset == "cifar10" else "mlp"
+        if self.augment == "auto":
+            own["augment"] = (
+                AUGMENT.get(self.dataset, "none") if own.get("model", self.model) != "autoencoder" else "none"
+            )
         if self.density is None and self.lam is None and self.optimizer not in DENSE:
-            object.__setattr__(self, "density", 0.05)
+            own["density"] = 0.05
         if self.lam is None and self.optimizer == "proxsgd":
-            object.__setattr__(self, "lam", 1e-3)  # without a dual there is nothing to find it from
+            own["lam"] = 1e-3  # without a dual there is nothing to find it from
         if self.lr is None:
-            object.__setattr__(self, "lr", OPTIMIZERS.get(self.optimizer, 1e-2))
+            own["lr"] = OPTIMIZERS[self.optimizer]
+        if self.eps is None:
+            own["eps"] = 1e-4 if self.optimizer == "adabreg" else 1e-8
+        if self.epochs is None:
+            own["epochs"] = 100 if self.dataset == "digits" else 30
+        return replace(self, **own)
 
     def check(self) -> Recipe:
-        """Self, or a ValueError that names the option, its value and what was expected."""
+        """The recipe, filled; or a ValueError that names the option, its value and what was expected."""
         choose("optimizer", self.optimizer, OPTIMIZERS)
+        return self.filled()._checked()
+
+    def _checked(self) -> Recipe:
         choose("regularizer", self.regularizer, REGULARIZERS)
         choose("groups", self.groups, ("auto", *GROUPS))
         choose("control", self.control, ("feedback", "exact"))
         choose("schedule", self.schedule, SCHEDULES)
         choose("precision", self.precision, PRECISIONS)
+        choose("augment", self.augment, ("auto", *AUGMENTATIONS))
         if self.density is not None:
             check_density(self.density)
             if self.optimizer in DENSE:
@@ -133,6 +153,8 @@ class Recipe:
                 check_number(name, getattr(self, name))
         check_number("momentum", self.momentum, high=1.0)
         check_number("delta", self.delta, strict=True)
+        if not isinstance(self.threads, int) or self.threads < 0:
+            raise ValueError(f"Invalid `threads`: {self.threads!r}; expected a whole number, 0 for the default.")
         for name in ("epochs", "batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -141,7 +163,8 @@ class Recipe:
 
     def twin(self) -> Recipe:
         """The dense twin: the same network and data, trained with Adam."""
-        return replace(self, optimizer="adam", lr=OPTIMIZERS["adam"], density=None, lam=None, momentum=0.0)
+        own = {"optimizer": "adam", "lr": None, "eps": None, "density": None, "lam": None, "momentum": 0.0}
+        return Recipe(**{**asdict(self), **own}).check()
 
     @staticmethod
     def read(path: Path) -> Recipe:
