@@ -1,0 +1,34 @@
+"""Fixtures: where the real data lie, and a command line in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests are small, and threads would wait for each other
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with the real data sets; skips where there is none."""
+    root = Path(os.environ.get("TORCH_BREGMAN_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (root / "mnist").is_dir():
+        pytest.skip(f"no real data in {root}; set TORCH_BREGMAN_DATA to a folder with mnist/ …")
+    return root
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run `torch-bregman ARGS` in an empty folder; returns the finished process."""
+
+    def run(*args, timeout=120, **options):
+        return subprocess.run(
+            [sys.executable, "-m", "torch_bregman.cli", *map(str, args)],
+            cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
+            env={**os.environ, "COLUMNS": "120", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}, **options,
+        )  # fmt: skip
+
+    return run

@@ -1,0 +1,403 @@
+"""The main job: a run from the command line, its folder, its end, and what goes wrong."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import torch_bregman as tb
+from torch_bregman.models import MODELS, build
+from torch_bregman.train import Recipe, fit
+from torch_bregman.train.files import RunError, latest_checkpoint, load_checkpoint, previous, save_checkpoint
+from torch_bregman.train.loop import Stopped
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory) -> Path:
+    """A small task on disk: five classes that are linear in 20 features."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(700, 20)).astype(np.float32)
+    y = (x[:, :5] + 0.1 * rng.normal(size=(700, 5))).argmax(1)
+    path = tmp_path_factory.mktemp("data") / "task.npz"
+    np.savez(path, x_train=x[:600], y_train=y[:600], x_test=x[600:], y_test=y[600:])
+    return path
+
+
+def small(arrays: Path, **options) -> Recipe:
+    return Recipe(dataset=str(arrays), **{"epochs": 4, "batch_size": 50, "density": 0.1, **options}).check()
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last.safetensors")
+
+
+# ---------------------------------------------------------------------- a whole run
+
+
+def test_the_main_job_on_digits(command, tmp_path):
+    done = command("train", "digits", "--epochs", 40, "--compare")
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert "asked 5.00 %" in done.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    *rows, end = rows_of(run)
+    assert [row["epoch"] for row in rows] == list(range(41))
+    assert {"train_loss", "val_accuracy", "density", "lam", "seconds"} <= rows[-1].keys()
+    assert rows[0]["density"] < 0.012
+    assert end["event"] == "end"
+    assert end["asked_density"] == 0.05
+    assert abs(end["density"] / 0.05 - 1) <= 0.02
+    assert rows[-1]["density"] == 0.05
+    assert end["test_accuracy"] > 0.9
+    assert rows_of(run / "dense")[-1]["density"] == 1.0
+    assert (run / "report.html").stat().st_size > 50_000
+    assert set(np.load(run / "patterns.npz").files) == {
+        f"{when}/{i}.weight" for when in ("start", "middle", "end") for i in (1, 3, 5)
+    }
+    best = load_file(run / "best.safetensors")
+    assert sum(int(w.count_nonzero()) for n, w in best.items() if n.endswith("weight")) == end["kept"]
+    assert list((run / "tensorboard").iterdir())
+
+    again = command("train", "--config", run / "recipe.toml", "--out", "again", "--quiet")
+    assert again.returncode == 0, again.stderr
+    assert rows_of(tmp_path / "again")[-1]["test_accuracy"] == end["test_accuracy"]
+    for name, weight in weights_of(run).items():
+        assert torch.equal(weight, weights_of(tmp_path / "again")[name])
+
+
+@pytest.mark.parametrize("optimizer", ["adabreg", "linbreg"])
+@pytest.mark.parametrize("density", [0.3, 0.05, 0.01])
+def test_asked_is_got(arrays, tmp_path, optimizer, density):
+    end = fit(small(arrays, optimizer=optimizer, density=density), tmp_path, quiet=True)
+    assert abs(end["density"] / density - 1) <= 0.02
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "convnet", "regularizer": "group-l1"},
+        {"model": "convnet", "regularizer": "sparse-group-l1", "groups": "filters", "density": 0.3},
+        {"model": "mlp", "regularizer": "group-l1", "groups": "columns", "density": 0.3},
+        {"model": "mlp", "regularizer": "nonnegative-l1"},
+        {"model": "mlp", "regularizer": "nuclear", "lam": 0.5, "density": None},
+        {"model": "mlp", "optimizer": "linbreg", "momentum": 0.9, "lr": 0.05},
+        {"model": "mlp", "optimizer": "proxsgd"},
+        {"model": "mlp", "optimizer": "sgd", "density": None},
+        {"model": "mlp", "control": "exact"},
+        {"model": "mlp", "lam": 0.2, "density": None},
+        {"model": "mlp", "schedule": "plateau"},
+        {"model": "mlp", "schedule": "constant", "weight_decay": 1e-4, "delta": 2.0},
+        {"model": "mlp", "augment": "shift"},
+        {"model": "mlp", "precision": "bf16"},
+        {"model": "autoencoder", "regularizer": "group-l1", "density": 0.2},
+        {"model": "resnet18", "limit": 64, "batch_size": 32, "epochs": 1},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_option_trains(tmp_path, options):
+    recipe = Recipe(dataset="digits", **{"epochs": 2, "density": 0.1, "limit": 512, **options}).check()
+    end = fit(recipe, tmp_path, quiet=True)
+    rows = rows_of(tmp_path)
+    assert rows[-1] == end
+    assert rows[-2]["train_loss"] < 10
+    if recipe.regularizer == "l1" and recipe.density and recipe.optimizer != "proxsgd":
+        assert abs(end["density"] / recipe.density - 1) <= 0.02
+    if options["model"] == "autoencoder":
+        assert "test_accuracy" not in end
+        assert end["test_loss"] > 0
+    if recipe.regularizer == "nonnegative-l1":
+        assert all((w >= 0).all() for n, w in weights_of(tmp_path).items() if n.endswith("weight"))
+
+
+def test_a_model_of_ones_own(command, tmp_path, arrays):
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\ndef make(shape, classes):\n    return nn.Linear(shape[0], classes)\n"
+    )
+    done = command("train", arrays, "--model", "mynet:make", "--epochs", 2, "--density", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert rows_of(next((tmp_path / "runs").iterdir()))[-1]["weights"] == 100
+
+
+def test_models_have_the_sizes_of_the_paper():
+    def size(name, shape):
+        model = build(name, shape, 10)
+        assert model(torch.zeros(2, *shape)).shape == ((2, 10) if name != "autoencoder" else (2, *shape))
+        return sum(p.numel() for p in model.parameters())
+
+    assert set(MODELS) == {"mlp", "convnet", "resnet18", "autoencoder"}
+    assert size("mlp", (1, 28, 28)) == 784 * 200 + 200 + 200 * 80 + 80 + 80 * 10 + 10
+    assert size("convnet", (1, 28, 28)) == 64 * 26 + 64 * (1600 + 1) + 1024 * 128 + 128 + 1290
+    assert size("autoencoder", (1, 28, 28)) == 6 * 784 * 785
+    assert round(size("resnet18", (3, 32, 32)) / 1e6, 2) == 11.17
+
+
+def test_the_best_model_is_on_target_and_from_the_validation_data(arrays, tmp_path):
+    end = fit(small(arrays, epochs=12), tmp_path, quiet=True)
+    rows = rows_of(tmp_path)[:-1]
+    eligible = [row for row in rows[1:] if abs(row["density"] / 0.1 - 1) <= 0.02]
+    assert end["best_epoch"] == max(eligible, key=lambda row: (row["val_accuracy"], row["epoch"]))["epoch"]
+
+
+# ---------------------------------------------------------------------- killed and resumed
+
+
+def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
+    options = ["--epochs", "30", "--batch-size", "10", "--density", "0.1", "--quiet", "--seed", "3"]
+    script = "import sys; from torch_bregman.train import loop; loop.SAVE_EVERY = loop.LOOK_EVERY = 0.02\n"
+    script += "from torch_bregman.cli import main; main(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+
+    def start(*args):
+        return subprocess.Popen(
+            [sys.executable, "-c", script, "train", *map(str, args)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    whole = start(arrays, *options, "--out", tmp_path / "whole")
+    out, err = whole.communicate(timeout=120)
+    assert whole.returncode == 0, err
+    rng, killed = random.Random(0), 0
+    run = tmp_path / "killed"
+    process = start(arrays, *options, "--out", run)
+    while not (run / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    for _ in range(3):
+        time.sleep(rng.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        seen = len(rows_of(run))
+        process = start("--resume", run, "--quiet")
+        while process.poll() is None and len(rows_of(run)) <= seen:
+            time.sleep(0.01)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert killed >= 2
+    for name, weight in weights_of(tmp_path / "whole").items():
+        assert torch.equal(weight, weights_of(run)[name]), name
+    same = ("train_loss", "val_accuracy", "density", "lam", "layers")
+    a, b = rows_of(tmp_path / "whole"), rows_of(run)
+    assert [[row.get(k) for k in same] for row in a] == [[row.get(k) for k in same] for row in b]
+    assert a[-1]["test_accuracy"] == b[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optimizer": "linbreg", "momentum": 0.5}, {"schedule": "plateau"}, {"control": "exact"}, {"precision": "bf16"}],
+    ids=str,
+)
+def test_stopping_in_the_middle_of_an_epoch_and_going_on(arrays, tmp_path, monkeypatch, options):
+    recipe = small(arrays, **options)
+    fit(recipe, tmp_path / "whole", quiet=True)
+    monkeypatch.setattr("torch_bregman.train.loop.LOOK_EVERY", 0.0)
+    stops = iter([5, 20, 31])
+    original, count = tb.TargetDensity.step, [0]
+
+    def step(self):
+        original(self)
+        count[0] += 1
+        if count[0] in (5, 20, 31):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(tb.TargetDensity, "step", step)
+    for _ in stops:
+        with pytest.raises(Stopped, match="Stopped at epoch"):
+            fit(recipe, tmp_path / "parts", quiet=True)
+    fit(recipe, tmp_path / "parts", quiet=True)
+    for name, weight in weights_of(tmp_path / "whole").items():
+        assert torch.equal(weight, weights_of(tmp_path / "parts")[name]), name
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch_bregman.cli", "train", "digits", "--epochs", "100000", "--out", "r"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "r" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "torch-bregman train --resume r" in out
+    assert "Traceback" not in err
+    assert (tmp_path / "r" / "checkpoint.pt").exists()
+    assert (tmp_path / "r" / "report.html").exists()
+
+
+def test_a_run_that_has_ended_is_not_trained_again(command, arrays, tmp_path):
+    first = command("train", arrays, "--epochs", 2, "--out", "r", "--density", "0.2")
+    assert first.returncode == 0, first.stderr
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    second = command("train", "--out", "r", "--resume")
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
+
+
+# ---------------------------------------------------------------------- files
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1, "w": torch.ones(1000)})
+    save_checkpoint(path, {"step": 2, "w": torch.ones(1000)})
+    assert load_checkpoint(path)["step"] == 2
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"", whole[:900] + bytes([whole[900] ^ 1]) + whole[901:]):
+        path.write_bytes(damaged)
+        with pytest.raises(RunError, match=rf"checkpoint {re.escape(str(path))} is damaged"):
+            load_checkpoint(path)
+        said = []
+        assert latest_checkpoint(path, said.append)["step"] == 1
+        assert str(path) in said[0]
+    previous(path).write_bytes(b"x" * 99)
+    with pytest.raises(RunError, match="damaged"):
+        latest_checkpoint(path, said.append)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match=r"Could not write .*No space left on device"):
+        save_checkpoint(path, {"step": 2})
+    monkeypatch.undo()
+    assert latest_checkpoint(path, print)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_file_size_limit_stops_the_run_with_a_sentence(command, tmp_path):
+    def limit():
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = command("train", "digits", "--epochs", 3, "--out", "r", preexec_fn=limit)
+    assert done.returncode == 1
+    assert re.search(r"Error: .*(File too large)", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step(arrays, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch_bregman.train.loop.SAVE_EVERY", 0.0)
+    original, count = tb.TargetDensity.step, [0]
+
+    def step(self):
+        original(self)
+        count[0] += 1
+        if count[0] == 30:
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    p.data.fill_(float("nan"))
+
+    monkeypatch.setattr(tb.TargetDensity, "step", step)
+    with pytest.raises(RunError, match=r"loss became nan at step 31 \(epoch 3\); the last good checkpoint"):
+        fit(small(arrays), tmp_path, quiet=True)
+    saved = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert all(w.isfinite().all() for w in saved["model"].values())
+
+
+def test_the_recipe_is_the_run(tmp_path):
+    recipe = Recipe(dataset="mnist", density=0.02, seed=4).check()
+    recipe.write(tmp_path / "r.toml")
+    assert Recipe.read(tmp_path / "r.toml") == recipe
+    values = tomllib.loads((tmp_path / "r.toml").read_text())
+    assert values["lr"] == recipe.lr
+    assert values["augment"] == "shift"
+    (tmp_path / "bad.toml").write_text("densty = 0.1")
+    with pytest.raises(ValueError, match=r"'densty'.*did you mean 'density'"):
+        Recipe.read(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text("density = ")
+    with pytest.raises(ValueError, match=r"Cannot read the recipe .*bad.toml"):
+        Recipe.read(tmp_path / "bad.toml")
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["digits", "--density", "5"], r"`density`: 5.0; .*for 5 % write 0.05"),
+        (["digits", "--density", "0"], r"`density`: 0.0"),
+        (["digits", "--density", "nan"], r"`density`: nan"),
+        (["digits", "--lr", "-1"], r"`lr`: -1.0"),
+        (["digits", "--lr", "nan"], r"`lr`: nan"),
+        (["digits", "--lam", "-1"], r"`lam`: -1.0"),
+        (["digits", "--delta", "0"], r"`delta`: 0.0"),
+        (["digits", "--momentum", "1"], r"`momentum`: 1.0"),
+        (["digits", "--epochs", "0"], r"`epochs`: 0"),
+        (["digits", "--batch-size", "0"], r"`batch_size`: 0"),
+        (["digits", "--optimizer", "adabrek"], r"'adabrek'.*did you mean 'adabreg'"),
+        (["digits", "--regularizer", "l2"], r"`regularizer`: 'l2'; expected one of 'l1'"),
+        (["digits", "--model", "resnet19"], r"`model`: 'resnet19'.*did you mean 'resnet18'"),
+        (["digits", "--model", "nowhere:make"], r"`model`: 'nowhere:make'.*No module named"),
+        (["digits", "--groups", "kernel"], r"'kernel'.*did you mean 'kernels'"),
+        (["digits", "--schedule", "cos"], r"'cos'.*did you mean"),
+        (["digits", "--augment", "flip"], r"'flip'"),
+        (["digits", "--device", "cuda:77"], r"`device`: 'cuda:77'"),
+        (["digits", "--optimizer", "adam", "--density", "0.1"], r"`density`: 0.1; adam trains dense"),
+        (["digits", "--regularizer", "nuclear"], r"low rank"),
+        (["mnst"], r"mnst.*mnist"),
+        (["nothere.npz"], r"nothere.npz"),
+        (["digits", "--densty", "0.1"], r"Did you mean --density"),
+        (["digits", "--config", "nothere.toml"], r"nothere.toml.*does not exist"),
+        (["--resume", "nothere"], r"nothere is no run folder"),
+        (["--resume"], r"needs the run folder"),
+        (["mnist", "--data-root", "."], r"mnist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence(args, message, tmp_path, monkeypatch, capsys):
+    from torch_bregman.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *args])
+    assert stop.value.code not in (0, None)
+    said = capsys.readouterr().err
+    assert re.search(message, " ".join(said.replace("│", " ").split())), said
+    assert "Traceback" not in said
+
+
+def test_a_run_folder_that_exists_is_left_alone(command, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "precious").write_text("x")
+    done = command("train", "digits", "--out", "r")
+    assert done.returncode == 1
+    assert "r exists; go on with --resume r, or choose another --out" in done.stderr
+    assert [p.name for p in (tmp_path / "r").iterdir()] == ["precious"]
+
+
+def test_a_truncated_data_file_is_named(command, tmp_path):
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not really")
+    done = command("train", "bad.npz")
+    assert done.returncode == 1
+    assert "bad.npz" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").glob("*/checkpoint.pt")) if (tmp_path / "runs").exists() else True
+
+
+def test_help_teaches(command):
+    done = command("train", "--help")
+    assert done.returncode == 0
+    for word in ("--density", "--resume", "--compare", "0.05 for 5 %", "torch-bregman train mnist --density 0.02"):
+        assert word in " ".join(done.stdout.split())
