@@ -124,20 +124,27 @@ class Case:
             which = torch.from_numpy(labels(self.groups, self.shape).copy())
             x *= torch.rand(int(which.max()) + 1, generator=gen, dtype=torch.float64).add(0.05)[which] * 2
         if self.kind == "NuclearNorm":
-            step = float(torch.linalg.svdvals(x.flatten(1)).median()) * 1.01
-        else:
-            step = float(self.reg.thresholds(x).clamp_min(0).flatten().median()) * 1.01 + 1e-3
+            return x.to(dtype), float(torch.linalg.svdvals(x.flatten(1)).median()) * 1.01
+        steps = [float(x.abs().max()) * 10 * 0.93**k for k in range(120)]  # from far too much until a third is alive
+        step = next(t for t in steps if (self.reg.prox(x, t) != 0).double().mean() > 0.3)
         return x.to(dtype), step
 
 
 def cases() -> list[Case]:
     found = []
-    for shape in SHAPES.values():
+    for name, shape in SHAPES.items():
         found += [Case(kind, shape) for kind in ("L1", "NonNegativeL1", "NuclearNorm")]
-        for groups in (*BY_NAME[len(shape)], "index", "index of rows"):
-            found += [Case("GroupL1", shape, groups), Case("GroupL1", shape, groups, weighted=False)]
-            found += [Case("SparseGroupL1", shape, groups, l1_ratio=a) for a in (0.0, 0.3, 1.0)]
-        found.append(Case("SparseGroupL1", shape, BY_NAME[len(shape)][0], weighted=False, l1_ratio=0.5))
+        by_index = ("index", "index of rows") if name in ("linear", "conv3x3") else ()
+        for groups in (*BY_NAME[len(shape)], *by_index):
+            found += [Case("GroupL1", shape, groups), Case("SparseGroupL1", shape, groups, l1_ratio=0.3)]
+        first = BY_NAME[len(shape)][0]
+        found.append(Case("GroupL1", shape, first, weighted=False))
+        found.append(Case("SparseGroupL1", shape, first, weighted=False, l1_ratio=0.5))
+    found += [
+        Case("SparseGroupL1", SHAPES["linear"], groups, l1_ratio=a)
+        for groups in ("columns", "index")
+        for a in (0.0, 1.0)
+    ]
     return found
 
 
@@ -164,10 +171,11 @@ def test_the_samples_are_half_alive():
         x, step = case.sample()
         s = case.reg.prox(x, step)
         if case.kind == "NuclearNorm":
-            full, rank = min(x.flatten(1).shape), tb.NuclearNorm().rank(s)
-            assert 0 < rank < full or full == 1
-        elif len(np.unique(labels(case.groups, case.shape))) > 1 if case.groups else True:
-            assert 0.1 < float((s != 0).double().mean()) < 0.9
+            assert 0 < tb.NuclearNorm().rank(s) < min(x.flatten(1).shape)
+        elif case.groups and len(np.unique(labels(case.groups, case.shape))) == 1:
+            assert s.any()  # one group only
+        else:
+            assert 0.25 < float((s != 0).double().mean()) < 0.9
 
 
 # ---------------------------------------------------------------------- value
@@ -228,9 +236,9 @@ def test_nuclear_norm_takes_one_lambda_only():
     """λ per row or per entry means nothing for singular values; a silent broadcast would compute something else."""
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     for lam in (torch.full((5, 1), 0.3), torch.full((5, 7), 0.3), torch.linspace(0.1, 1, 5)):
-        with pytest.raises(ValueError, match="lam|λ|step|scalar|one"):
+        with pytest.raises(ValueError, match=r"lam|λ|step|scalar|one"):
             tb.NuclearNorm().prox(x, lam)
-        with pytest.raises(ValueError, match="lam|λ|step|scalar|one"):
+        with pytest.raises(ValueError, match=r"lam|λ|step|scalar|one"):
             tb.NuclearNorm().value(x, lam)
     scalar = torch.tensor(0.3)
     assert torch.allclose(tb.NuclearNorm().prox(x, scalar), tb.NuclearNorm().prox(x, 0.3))
@@ -309,7 +317,7 @@ def test_prox_is_the_argmin_over_a_grid(kind):
 
 
 def solve_dual(case: Case, x: Array, step: float) -> Array:
-    """prox(x) = x − projection of x on step·∂J₁(0), the projection by SLSQP (a smooth problem): independent of closed forms.
+    """prox(x) = x − projection of x on step·∂J₁(0), found by SLSQP: a smooth problem and no closed form.
 
     The dual ball of the sparse group norm is the sum of two balls: |q| ≤ α·step and ‖r_g‖ ≤ (1−α)·step·√n_g.
     """  # fmt: skip
@@ -677,8 +685,7 @@ def test_a_rank_one_start_stays_rank_one(shape, dtype):
         [{"params": [weight], "regularizer": reg, "lam": lam}], lr=1e-3,
     )  # fmt: skip
     weight.grad = noise
-    with pytest.warns(UserWarning, match="dense"):  # every entry of a rank-one matrix is alive
-        optimizer.step()
+    optimizer.step()
     assert reg.rank(weight.detach()) == 1
 
 

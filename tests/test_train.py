@@ -179,7 +179,8 @@ def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
     for _ in range(3):
         time.sleep(rng.uniform(0.0, 0.6))
         process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
         seen = len(rows_of(run))
         process = start("--resume", run, "--quiet")
         while process.poll() is None and len(rows_of(run)) <= seen:
@@ -197,7 +198,13 @@ def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"optimizer": "linbreg", "momentum": 0.5}, {"schedule": "plateau"}, {"control": "exact"}, {"precision": "bf16"}],
+    [
+        {},
+        {"optimizer": "linbreg", "momentum": 0.5},
+        {"schedule": "plateau"},
+        {"control": "exact"},
+        {"precision": "bf16"},
+    ],
     ids=str,
 )
 def test_stopping_in_the_middle_of_an_epoch_and_going_on(arrays, tmp_path, monkeypatch, options):

@@ -246,7 +246,10 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
     start = min(recipe.initial_density, (recipe.density or 1.0) / 2)
     generator = torch.Generator().manual_seed(recipe.seed)
     layers = list(weight_layers(model))
-    for groups, linear in zip(linear_and_conv_groups(recipe), (True, False), strict=True):
+    # Few rows alive is a low rank, the sparse start of the nuclear norm.
+    low_rank = recipe.regularizer == "nuclear"
+    chosen = ("rows", "filters") if low_rank else linear_and_conv_groups(recipe)
+    for groups, linear in zip(chosen, (True, False), strict=True):
         for _, module, weight in layers:
             if (weight.dim() == 2) == linear:
                 sparse_init_(module, start, groups, generator)
