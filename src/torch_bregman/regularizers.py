@@ -45,7 +45,11 @@ class Regularizer:
             near = near - outside
             if not self.homogeneous and not bool(outside.any()):
                 break
-        return torch.where(weight == 0, near, self.subgradient(weight))
+        fresh = self.subgradient(weight)
+        p = torch.where(weight == 0, near, fresh)
+        # θ = prox(θ + p, 1) says that p ∈ ∂J₁(θ). A zero in a live group may hold nothing, for example.
+        revived = (weight == 0) & (self.prox(weight + p * (1 - 4 * torch.finfo(p.dtype).eps), 1.0) != 0)
+        return torch.where(revived, fresh, p)
 
     def coupled(self, mask: Tensor) -> Tensor:
         """The entries whose subgradient depends on an entry in `mask`; by default one entry touches them all."""
@@ -54,7 +58,7 @@ class Regularizer:
     def thresholds(self, v: Tensor) -> Tensor:
         """For every entry the smallest λ at which prox(v, λ) is zero there, so that θ ≠ 0 exactly while λ is below.
 
-        The default bisects, which any J works with whose support shrinks as λ grows.
+        The default bisects entry by entry, for a J whose entries stand alone; groups need their own.
         """
         high = torch.full_like(v, max(float(v.abs().max()), 1e-30)) if v.numel() else v.clone()
         for _ in range(40):
@@ -192,7 +196,18 @@ class _Grouped(Regularizer):
         """The Euclidean norm of the group of every entry, broadcastable against `x`."""
         if isinstance(self.groups, str):
             return torch.linalg.vector_norm(x, dim=group_dims(self.groups, x.shape), keepdim=True)
-        return self._per_group(x.square()).sqrt()
+        squares = self._per_group(x.square())
+        # Where a group is zero the root has no derivative; autograd (the Lasso) shall find 0 there and not 0/0.
+        return torch.where(squares == 0, 0.0, torch.where(squares == 0, 1.0, squares).sqrt())
+
+    def group_lam(self, lam: Lam, x: Tensor) -> Lam:
+        """One λ per group: a tensor λ counts by its mean over the group."""
+        if not isinstance(lam, Tensor) or lam.numel() == 1:
+            return lam
+        lam = lam.to(x).expand_as(x)
+        if isinstance(self.groups, str):
+            return lam.mean(dim=group_dims(self.groups, x.shape), keepdim=True)
+        return self._per_group(lam) / self.sizes(x)
 
     def sizes(self, x: Tensor) -> float | Tensor:
         """The number of entries in the group of every entry."""
@@ -243,7 +258,7 @@ class GroupL1(_Grouped):
         return (lam * share * self.norms(weight).expand_as(weight)).sum()
 
     def prox(self, x: Tensor, step: Lam) -> Tensor:
-        return shrink_norm(x, self.norms(x), step * self.scale(x))
+        return shrink_norm(x, self.norms(x), self.group_lam(step, x) * self.scale(x))
 
     def subgradient(self, weight: Tensor) -> Tensor:
         return self.scale(weight) * weight / self.norms(weight).clamp_min(torch.finfo(weight.dtype).tiny)
@@ -279,8 +294,7 @@ class SparseGroupL1(_Grouped):
         return a * L1().value(weight, lam) + (1 - a) * self._group.value(weight, lam)
 
     def prox(self, x: Tensor, step: Lam) -> Tensor:
-        a = self.l1_ratio
-        return self._group.prox(soft_threshold(x, step * a), step * (1 - a))
+        return self._group.prox(soft_threshold(x, step * self.l1_ratio), step * (1 - self.l1_ratio))
 
     def subgradient(self, weight: Tensor) -> Tensor:
         a = self.l1_ratio
@@ -294,10 +308,13 @@ class SparseGroupL1(_Grouped):
 
     def thresholds(self, v: Tensor) -> Tensor:
         # An entry is alive while it passes the ℓ1 part and its group's soft-thresholded norm passes the group part.
+        # The second is bisected, with one λ for all entries of a group.
         if self.l1_ratio == 0:
             return self._group.thresholds(v)
-        alone = v.abs() / self.l1_ratio
-        return _bisect(lambda lam: self.prox(v, lam) != 0, torch.zeros_like(v), alone)
+        norms = self.norms(v).expand_as(v)
+        high = norms / (self.l1_ratio if self.l1_ratio == 1 else min(self.l1_ratio, 1 - self.l1_ratio))
+        whole = _bisect(lambda lam: self.norms(self.prox(v, lam)).expand_as(v) > 0, torch.zeros_like(v), high)
+        return torch.minimum(v.abs() / self.l1_ratio, whole)
 
 
 @dataclass(frozen=True)
@@ -323,9 +340,16 @@ class NuclearNorm(Regularizer):
         return u[:, :rank], s[:rank], vh[:rank]
 
     def value(self, weight: Tensor, lam: Lam = 1.0) -> Tensor:
+        self._check_lam(lam)
         return lam * torch.linalg.matrix_norm(weight.flatten(1), ord="nuc")
 
+    @staticmethod
+    def _check_lam(lam: Lam) -> None:
+        if isinstance(lam, Tensor) and lam.numel() != 1:
+            raise ValueError(f"`lam` of shape {tuple(lam.shape)}: NuclearNorm takes one λ for the whole weight.")
+
     def prox(self, x: Tensor, step: Lam) -> Tensor:
+        self._check_lam(step)
         return singular_value_shrink(x.flatten(1), step).view_as(x)
 
     def subgradient(self, weight: Tensor) -> Tensor:
