@@ -2,8 +2,8 @@
 
     python benchmarks/loop.py [--pairs 9]
 
-Both run the same network (784-200-80-10), batches of 128, AdaBreg and TargetDensity, on as many images as MNIST has: once
-as `torch-bregman train` does it (its own `fit`, without augmentation; evaluation and files are outside an epoch's
+Both run the same network (784-200-80-10), batches of 128, AdaBreg and TargetDensity, on as many images as MNIST has:
+once as `torch-bregman train` does it (its own `fit`, without augmentation; evaluation and files are outside an epoch's
 seconds), once as the shortest loop that does the same steps on batches that lie ready.
 """
 

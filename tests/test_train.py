@@ -169,7 +169,7 @@ def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
         )  # fmt: skip
 
     whole = start(arrays, *options, "--out", tmp_path / "whole")
-    out, err = whole.communicate(timeout=120)
+    err = whole.communicate(timeout=120)[1]
     assert whole.returncode == 0, err
     rng, killed = random.Random(0), 0
     run = tmp_path / "killed"
@@ -185,7 +185,7 @@ def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
         process = start("--resume", run, "--quiet")
         while process.poll() is None and len(rows_of(run)) <= seen:
             time.sleep(0.01)
-    out, err = process.communicate(timeout=120)
+    err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
     assert killed >= 2
     for name, weight in weights_of(tmp_path / "whole").items():

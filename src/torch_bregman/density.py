@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .layers import weight_layers
+from .layers import by_outputs, weight_layers
 from .optim.base import count_nonzero
 from .regularizers import NuclearNorm
 
@@ -120,23 +120,26 @@ def sparsity_report(model: nn.Module, *, rank: bool = False) -> SparsityReport:
     Exact zeros are counted on the device and fetched once; `rank` costs a singular value decomposition per layer.
     """
     layers = list(weight_layers(model))
-    counts: list[Tensor] = []
-    for layer in layers:
-        alive = layer.weight != 0
-        counts += [alive, alive.flatten(1).any(1), alive.transpose(0, 1).flatten(1).any(1)]
-        counts.append(alive.flatten(2).any(2) if alive.dim() > 2 else alive[:0])
+    if not layers:
+        raise ValueError("`model` has no Linear or Conv weights, so there is nothing to report.")
+    counts, kernels = [], []
+    for _, module, weight in layers:
+        kernel = by_outputs(module, weight != 0).any(3)  # [groups, outputs / groups, inputs / groups]
+        kernels.append(kernel)
+        counts += [weight, kernel.any(2), kernel.any(1), kernel]
     flat = count_nonzero(counts)
     found = []
-    for i, (name, _, weight) in enumerate(layers):
-        entries, outputs, inputs, kernels = flat[4 * i : 4 * i + 4]
+    for i, ((name, _, weight), kernel) in enumerate(zip(layers, kernels, strict=True)):
+        entries, outputs, inputs, alive = flat[4 * i : 4 * i + 4]
+        groups, out, into = kernel.shape
         found.append(
             LayerSparsity(
                 name=name,
                 shape=tuple(weight.shape),
                 weights=(entries, weight.numel()),
-                outputs=(outputs, weight.shape[0]),
-                inputs=(inputs, weight.shape[1]),
-                kernels=(kernels, weight.shape[0] * weight.shape[1]) if weight.dim() > 2 else None,
+                outputs=(outputs, groups * out),
+                inputs=(inputs, groups * into),
+                kernels=(alive, kernel.numel()) if weight.dim() > 2 else None,
                 rank=(NuclearNorm().rank(weight.float()), min(weight.flatten(1).shape)) if rank else None,
             )
         )

@@ -8,8 +8,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .density import check_density
-from .layers import weight_layers
-from .regularizers import GROUPS, group_dims
+from .layers import LAYERS, fan_in, weight_layers
+from .regularizers import GROUPS, GroupL1, broadcasts, group_dims
 
 
 @torch.no_grad()
@@ -54,19 +54,28 @@ def sparse_init_(
         shapes = ", ".join(str(tuple(layer.weight.shape)) for layer in layers[:3])
         raise ValueError(f"`groups` is {groups!r}, which fits none of the weights ({shapes}, …).")
     device = generator.device if generator is not None else torch.device("cpu")
+
+    def draw_bias(module: nn.Module) -> None:
+        bias, weight = module._parameters.get("bias"), module._parameters.get("weight")
+        if bias is not None and weight is not None:
+            bound = bias_scale / math.sqrt(fan_in(module, weight))
+            low = 0.0 if "relu" in nonlinearity or nonlinearity == "selu" else -bound
+            # 1 − u for u in [0, 1) is never zero, and for ReLU positive.
+            uniform = 1 - torch.empty(bias.shape, device=device).uniform_(generator=generator)
+            bias.copy_(low + (bound - low) * uniform)
+
     for layer, fit in zip(layers, fits, strict=True):
         weight = layer.weight
-        fan_in = nn.init._calculate_fan_in_and_fan_out(weight)[0]
         mask = _draw_mask(weight.shape, density, groups if fit else None, generator, device)
-        std = gain / math.sqrt(fan_in * float(mask.float().mean()))
+        std = gain / math.sqrt(fan_in(layer.module, weight) * float(mask.float().mean()))
         values = torch.empty(weight.shape, device=device).normal_(0, std, generator=generator)
         # `where`, not a product: −x·0 is a negative zero.
         weight.copy_(torch.where(mask, values, 0.0))
-        bias = layer.module._parameters.get("bias")
-        if bias is not None:
-            bound = bias_scale / math.sqrt(fan_in)
-            low = 0.0 if "relu" in nonlinearity or nonlinearity == "selu" else -bound
-            bias.copy_(torch.empty(bias.shape, device=device).uniform_(low, bound, generator=generator))
+        draw_bias(layer.module)
+    drawn = {id(layer.module) for layer in layers}
+    for module in model.modules():  # of the other layers that share a weight
+        if isinstance(module, LAYERS) and id(module) not in drawn:
+            draw_bias(module)
     return model
 
 
@@ -74,7 +83,8 @@ def _fits(groups: str | Tensor | None, weight: Tensor) -> bool:
     if groups is None:
         return False
     if isinstance(groups, Tensor):
-        return tuple(groups.shape) == tuple(weight.shape)
+        GroupL1(groups)  # raises where these are no group numbers
+        return broadcasts(groups.shape, weight.shape)
     if groups not in GROUPS:
         group_dims(groups, weight.shape)  # raises, naming the choices
     return (weight.dim() == 2) == (groups in ("rows", "columns"))
@@ -85,9 +95,8 @@ def _draw_mask(
 ) -> Tensor:
     """A bool mask of `shape` with round(density·n) of n groups (or entries) alive, at least one."""
     if isinstance(groups, Tensor):
-        index = groups.to(device, torch.int64)
-        alive = _draw_mask(torch.Size([int(index.max()) + 1]), density, None, generator, device)
-        return alive[index]
+        numbers, index = torch.unique(groups.to(device), return_inverse=True)
+        return _draw_mask(numbers.shape, density, None, generator, device)[index].expand(shape)
     if groups is not None:
         spanned = group_dims(groups, shape)
         small = torch.Size([1 if d in spanned else n for d, n in enumerate(shape)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .regularizers import L1, Regularizer
+
+LAYERS = (nn.Linear, _ConvNd)
 
 
 class Layer(NamedTuple):
@@ -25,25 +28,42 @@ def weight_layers(model: nn.Module) -> Iterator[Layer]:
     """The Linear and Conv layers of `model`, in the order of its modules."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear | _ConvNd) else None
+        weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
         if weight is not None and id(weight) not in seen:
             seen.add(id(weight))
             yield Layer(f"{prefix}.weight" if prefix else "weight", module, weight)
 
 
-def lookup(choices: Mapping[Any, Any], name: str, layer: Layer | None) -> Any:
-    """The value of the first key that matches, or None.
+def by_outputs(module: nn.Module, weight: Tensor) -> Tensor:
+    """A Linear or Conv weight as [groups, outputs / groups, inputs / groups, kernel size], a view where possible."""
+    grouped = weight.reshape(getattr(module, "groups", 1), -1, *weight.shape[1:])
+    if getattr(module, "transposed", False):
+        grouped = grouped.transpose(1, 2)
+    return grouped.reshape(*grouped.shape[:3], -1)
+
+
+def fan_in(module: nn.Module, weight: Tensor) -> float:
+    """How many inputs an output of the layer sums over."""
+    _, _, inputs, kernel = by_outputs(module, weight).shape
+    # A transposed convolution with a stride spreads its kernel over several outputs.
+    spread = math.prod(getattr(module, "stride", ())) if getattr(module, "transposed", False) else 1
+    return inputs * kernel / spread
+
+
+def lookup(choices: Mapping[Any, Any], names: list[str], layer: Layer | None, *, anything: bool = False) -> Any:
+    """The value of the first key that matches one of the `names` of a parameter, or None.
 
     For a layer's weight a key is a module type or a pattern of its parameter or module name. Any other parameter is
-    reached only by a pattern of its whole name that ends in a letter or digit, so that "fc*" leaves biases alone.
+    reached only by a pattern of its whole name that ends in a letter or digit, so that "fc*" leaves biases alone, or,
+    with `anything`, by all.
     """
     for key, value in choices.items():
         if isinstance(key, type):
             matches = layer is not None and isinstance(layer.module, key)
-        elif layer is not None:
-            matches = fnmatchcase(name, key) or fnmatchcase(name.rpartition(".")[0], key)
+        elif layer is not None or anything:
+            matches = any(fnmatchcase(n, key) or fnmatchcase(n.rpartition(".")[0], key) for n in names)
         else:
-            matches = fnmatchcase(name, key) and key[-1:].isalnum()
+            matches = key[-1:].isalnum() and any(fnmatchcase(n, key) for n in names)
         if matches:
             return value
     return None
@@ -77,14 +97,17 @@ def param_groups(
     parameters = list(model.named_parameters())
     if not parameters:
         raise ValueError("`model` has no parameters.")
+    names: dict[int, list[str]] = {}  # a tied weight has several
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     for choice in (regularizer, lam):
         if isinstance(choice, Mapping):
-            _check_patterns(choice, [name for name, _ in parameters])
+            _check_patterns(choice, [name for some in names.values() for name in some])
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in parameters:
         layer = layers.get(id(parameter))
         if isinstance(regularizer, Mapping):
-            chosen = lookup(regularizer, name, layer)
+            chosen = lookup(regularizer, names[id(parameter)], layer)
         else:
             chosen = regularizer if layer is not None else None
         if chosen is not None:
@@ -97,7 +120,7 @@ def param_groups(
                     f"{chosen!r} does not fit {name}: {error} A mapping chooses per layer, for example "
                     "{nn.Linear: tb.L1(), nn.Conv2d: tb.GroupL1('kernels')}."
                 ) from None
-        strength = lookup(lam, name, layer) if isinstance(lam, Mapping) else lam
+        strength = lookup(lam, names[id(parameter)], layer, anything=True) if isinstance(lam, Mapping) else lam
         strength = 0.0 if strength is None or chosen is None else strength
         key = (chosen is None, layer is None, id(chosen), id(strength) if isinstance(strength, Tensor) else strength)
         group = groups.setdefault(
