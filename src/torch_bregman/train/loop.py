@@ -171,6 +171,7 @@ def fit(
                         looked = now
                         display.loss(finite(losses[:i], epoch, steps_per_epoch, checkpoint)[-1].item())
                         if stopping() or now - last_save > SAVE_EVERY:
+                            check_weights(model, (epoch - 1) * steps_per_epoch + i, checkpoint)
                             save_checkpoint(checkpoint, state(epoch, i))
                             last_save = time.perf_counter()
                         if stopping():
@@ -196,6 +197,7 @@ def fit(
                 done, losses[:] = 0, math.nan
                 order_at_start = order.get_state()
                 if epoch == recipe.epochs or time.perf_counter() - last_save > SAVE_EVERY:
+                    check_weights(model, epoch * steps_per_epoch, checkpoint)
                     save_checkpoint(checkpoint, state(epoch + 1, 0))
                     last_save = time.perf_counter()
 
@@ -214,6 +216,7 @@ def fit(
         "best_epoch": best.get("epoch"), "lam": rows[-1]["lam"], "seconds": round(seconds, 3), "note": data.note,
     }  # fmt: skip
     metrics.add(end)
+    metrics.close()
     return end
 
 
@@ -308,12 +311,19 @@ def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path) -
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
         i = int(wrong[0])
-        raise RunError(
-            f"The loss became {losses[i].item()} at step {(epoch - 1) * steps_per_epoch + i + 1} (epoch {epoch}); "
-            f"{'the last good checkpoint is ' + str(checkpoint) if checkpoint.exists() else 'nothing was saved yet'}. "
-            "A smaller --lr may help."
-        )
+        raise not_finite(f"The loss became {losses[i].item()}", (epoch - 1) * steps_per_epoch + i + 1, checkpoint)
     return losses
+
+
+def check_weights(model: nn.Module, step: int, checkpoint: Path) -> None:
+    """RunError where a weight is not finite, so that no such weight is ever saved."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise not_finite("A weight became infinite or nan", step, checkpoint)
+
+
+def not_finite(what: str, step: int, checkpoint: Path) -> RunError:
+    saved = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
+    return RunError(f"{what} at step {step}; {saved}. A smaller --lr may help.")
 
 
 @contextmanager
@@ -367,6 +377,10 @@ class Metrics:
             for name, value in row.get("layers", {}).items():
                 self.board.add_scalar(f"density/{name}", value, step)
             self.board.flush()
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
 
 
 def keep_patterns(run: Path, when: str, model: nn.Module) -> None:
