@@ -56,7 +56,7 @@ class Regularizer:
         return mask.any().expand_as(mask)
 
     def thresholds(self, v: Tensor) -> Tensor:
-        """For every entry the smallest λ at which prox(v, λ) is zero there, so that θ ≠ 0 while λ is below, to rounding.
+        """For every entry the smallest λ at which prox(v, λ) is zero there: θ ≠ 0 while λ is below, to rounding.
 
         The default bisects entry by entry, for a J whose entries stand alone; groups need their own.
         """
