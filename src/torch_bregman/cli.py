@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,10 @@ def train(
         if compare and not finished(run / "dense"):
             twin = recipe.twin()
             fit(twin, run / "dense", data_root=data_root, quiet=quiet, title=f"dense twin: {title(twin)}")
+    except (DataError, ValueError):
+        if resume is None and not (run / "metrics.jsonl").exists():
+            shutil.rmtree(run)  # it was new, and nothing was trained in it
+        raise
     except Stopped as stopped:
         write_report(run)
         console.print(f"{stopped} Go on with: torch-bregman train --resume {run}", highlight=False, soft_wrap=True)
