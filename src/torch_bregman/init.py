@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from .density import check_density
 from .layers import LAYERS, fan_in, weight_layers
+from .optim.base import check_number
 from .regularizers import GROUPS, GroupL1, broadcasts, group_dims
 
 
@@ -45,7 +46,8 @@ def sparse_init_(
         ValueError: density outside (0, 1], a name of groups that does not exist or fits no layer.
     """
     check_density(density, one_allowed=True)
-    layers = list(weight_layers(model))
+    check_number("bias_scale", bias_scale)
+    layers = [layer for layer in weight_layers(model) if layer.weight.numel()]
     if not layers:
         raise ValueError("`model` has no Linear or Conv layer to initialise.")
     gain = nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]
@@ -57,7 +59,7 @@ def sparse_init_(
 
     def draw_bias(module: nn.Module) -> None:
         bias, weight = module._parameters.get("bias"), module._parameters.get("weight")
-        if bias is not None and weight is not None:
+        if bias is not None and weight is not None and weight.numel():
             bound = bias_scale / math.sqrt(fan_in(module, weight))
             low = 0.0 if "relu" in nonlinearity or nonlinearity == "selu" else -bound
             # 1 − u for u in [0, 1) is never zero, and for ReLU positive.

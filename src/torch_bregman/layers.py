@@ -36,10 +36,11 @@ def weight_layers(model: nn.Module) -> Iterator[Layer]:
 
 def by_outputs(module: nn.Module, weight: Tensor) -> Tensor:
     """A Linear or Conv weight as [groups, outputs / groups, inputs / groups, kernel size], a view where possible."""
-    grouped = weight.reshape(getattr(module, "groups", 1), -1, *weight.shape[1:])
+    groups = getattr(module, "groups", 1)
+    grouped = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
     if getattr(module, "transposed", False):
         grouped = grouped.transpose(1, 2)
-    return grouped.reshape(*grouped.shape[:3], -1)
+    return grouped.reshape(*grouped.shape[:3], math.prod(grouped.shape[3:]))
 
 
 def fan_in(module: nn.Module, weight: Tensor) -> float:

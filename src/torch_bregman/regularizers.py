@@ -70,7 +70,7 @@ class Regularizer:
 
     def lambda_max(self, v: Tensor) -> Tensor:
         """The smallest λ at which prox(v, λ) is zero everywhere (the dual norm of `v` for a norm), a scalar tensor."""
-        return self.thresholds(v).max()
+        return self.thresholds(v).max() if v.numel() else v.sum()
 
     def alive(self, weight: Tensor) -> Tensor:
         """The share of `weight` that is alive, a scalar tensor: non-zero over all entries."""
@@ -253,6 +253,8 @@ class GroupL1(_Grouped):
         return self.sizes(x) ** 0.5 if self.weighted else 1.0
 
     def value(self, weight: Tensor, lam: Lam = 1.0) -> Tensor:
+        if not weight.numel():
+            return weight.sum()
         # Every entry carries its group's norm, so each is divided by the group's size before the sum.
         share = self.scale(weight) / self.sizes(weight)
         return (lam * share * self.norms(weight).expand_as(weight)).sum()
@@ -371,7 +373,7 @@ class NuclearNorm(Regularizer):
 
     def alive(self, weight: Tensor) -> Tensor:
         """The rank over the largest possible one: a weight of low rank has few zeros and is sparse all the same."""
-        return torch.tensor(self.rank(weight) / min(weight.flatten(1).shape))
+        return torch.tensor(self.rank(weight) / max(min(weight.flatten(1).shape), 1))
 
     def rank(self, weight: Tensor) -> int:
         """The numerical rank of the weight as a matrix (out, rest)."""
