@@ -1,4 +1,6 @@
-"""The figures of the README: the default settings of `torch-bregman train`, three seeds each, test data touched once.
+"""The figures of the README: the default settings of `torch-bregman train`, three seeds each.
+
+A run reads the test data once, at its end; settings are not chosen here.
 
     python experiments/first_results.py --data-root DIR [--only NAME] [--seeds 0 1 2]
 

@@ -77,7 +77,7 @@ def main() -> None:
     rows = []
     for density in (0.05, 0.01):
         for name, how in MOVES.items():
-            loop.make_control = control(**how)  # type: ignore[attr-defined]
+            loop.make_control = control(**how)
             accuracies, kept = [], []
             for seed in options.seeds:
                 recipe = Recipe(dataset="mnist", density=density, epochs=options.epochs, seed=seed).check()
