@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -1125,7 +1126,7 @@ BAD: list[tuple[tuple[type, ...], dict[str, Any], str, str]] = [
     ((tb.AdaBreg,), {"betas": (0.9, -0.5)}, "betas", "-0.5"),
     ((tb.AdaBreg,), {"betas": (0.9, NAN)}, "betas", "nan"),
     *[((tb.AdaBreg,), {"eps": x}, "eps", repr(x)) for x in (-1e-8, NAN, INF)],
-    (ALL, {"fused": True}, "fused", "True"),
+    (ALL, {"fused": True, "foreach": True}, "fused", "True"),
     (ALL, {"regularizer": tb.L1}, "regularizer", "L1"),
     (ALL, {"regularizer": "l1"}, "regularizer", "'l1'"),
     (ALL, {"regularizer": tb.GroupL1("kernels")}, "groups", "kernels"),
@@ -1181,3 +1182,91 @@ def test_closure_is_called_and_its_loss_returned(kind: str) -> None:
     assert len(calls) == 31
     assert calls[-1] < calls[0]
     assert optimizer.step() is None
+
+
+# ---------------------------------------------------------------------- a prox at every k-th step
+
+
+def _low_rank(seed: int = 0) -> torch.nn.Parameter:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.Parameter(
+        torch.randn(12, 1, generator=generator) @ torch.randn(1, 9, generator=generator), requires_grad=True
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [tb.LinBreg, tb.AdaBreg])
+def test_prox_every_moves_v_at_every_step_and_writes_at_every_kth(kind: type, fused: bool) -> None:
+    p, q = _low_rank(), _low_rank()
+    lazy = kind([p], lr=0.05, lam=0.3, regularizer=tb.NuclearNorm(prox_every=3), fused=fused)
+    eager = kind([q], lr=0.05, lam=0.3, regularizer=tb.NuclearNorm(), fused=False)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 8):
+        before = p.detach().clone()
+        p.grad = torch.randn(p.shape, generator=generator)
+        q.grad = p.grad.clone()
+        lazy.step(), eager.step()
+        torch.testing.assert_close(lazy.state[p]["dual"], eager.state[q]["dual"])
+        if step % 3:
+            assert torch.equal(p, before)
+        else:
+            torch.testing.assert_close(p, q)
+            assert not torch.equal(p, before)
+
+
+def test_prox_every_takes_as_few_decompositions_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: taken.append(1) or svd(*args, **kwargs))
+    p = _low_rank()
+    optimizer = tb.LinBreg([p], lr=0.05, lam=0.3, regularizer=tb.NuclearNorm(prox_every=4))
+    p.grad = torch.randn(p.shape)
+    optimizer.step()
+    taken.clear()
+    for _ in range(8):
+        optimizer.step()
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("through_data", [False, True])
+def test_an_edit_between_two_proxes_is_honoured(at: int, through_data: bool) -> None:
+    p = _low_rank()
+    optimizer = tb.LinBreg([p], lr=0.0, lam=0.3, regularizer=tb.NuclearNorm(prox_every=3))
+    new = _low_rank(5).detach()
+    for step in range(7):
+        p.grad = torch.randn(p.shape)
+        optimizer.step()
+        if step == at:
+            with torch.no_grad():
+                (p.data if through_data else p).copy_(new)
+    torch.testing.assert_close(p.detach(), new)
+
+
+def test_prox_every_resumes_in_the_middle() -> None:
+    def run(stop: int | None) -> torch.Tensor:
+        p = _low_rank()
+        make = functools.partial(tb.AdaBreg, lr=0.05, lam=0.3, regularizer=tb.NuclearNorm(prox_every=3))
+        optimizer = make([p])
+        generator = torch.Generator().manual_seed(1)
+        for step in range(8):
+            if step == stop:
+                file = io.BytesIO()
+                torch.save([optimizer.state_dict(), p.detach()], file)
+                file.seek(0)
+                state, weight = torch.load(file, weights_only=True)
+                p = torch.nn.Parameter(weight)
+                optimizer = make([p])
+                optimizer.load_state_dict(state)
+            p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        return p.detach()
+
+    for stop in range(1, 8):
+        assert torch.equal(run(None), run(stop))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
+def test_a_bad_prox_every_is_named(value: object) -> None:
+    with pytest.raises(ValueError, match="prox_every"):
+        tb.NuclearNorm(prox_every=value)  # type: ignore[arg-type]

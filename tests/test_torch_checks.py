@@ -9,8 +9,8 @@ Checks of PyTorch that do not apply, and why:
 * test_capturable, test_peak_memory_foreach, test_foreach_large_tensor, test_forloop_goes_right_direction_multigpu,
   test_mixed_device_dtype, test_state_dict_with_cuda_params, test_cpu_load_state_dict: they need a GPU; there is no
   `capturable` option, and CUDA graphs are not promised.
-* test_fused_*, test_grad_scaling_autocast_fused_optimizers: there is no fused step. `fused=True` is refused, which is
-  checked, and GradScaler is checked with the ordinary step.
+* test_fused_*: the fused step has its own file, test_fused.py.
+* test_grad_scaling_autocast_fused_optimizers: GradScaler divides the gradients itself; it is checked with every step.
 * TestDifferentiableOptimizer: there is no `differentiable` option; weights are written in place under no_grad.
 * test_complex, test_complex_2d: a soft threshold of complex numbers is not defined here. Refused, which is checked.
 * Sparse gradients (test_rosenbrock_sparse): refused, which is checked. Compressed layouts cannot even be a gradient.
@@ -260,7 +260,6 @@ REFUSED = [
     Refused(_bad(lr=torch.tensor([0.1, 0.1])), "lr of two elements", ValueError, "lr.*one element"),
     Refused(_bad(weight_decay=-0.5), "weight decay", ValueError, "weight_decay.*-0.5"),
     Refused(_bad(foreach=True, fused=True), "foreach and fused", ValueError, "fused"),
-    Refused(_bad(fused=True), "fused", ValueError, "fused"),
 ]
 OF_LINBREG = [
     Refused(_bad(momentum=-0.5), "momentum", ValueError, "momentum.*-0.5"),

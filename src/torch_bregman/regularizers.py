@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ class Regularizer:
 
     #: J₁(c·θ) = c·J₁(θ) for c > 0. Then prox_{δJ}(δv) = δ·prox_J(v): δ scales the weights, never the support.
     homogeneous: bool = False
+    #: LinBreg and AdaBreg write θ at every so many steps, for a prox that costs more than the step itself.
+    prox_every: int = 1
+    #: Is the prox so dear that a checksum of θ is kept, instead of computing it again to see whether θ has changed?
+    costly: bool = False
 
     def value(self, weight: Tensor, lam: Lam = 1.0) -> Tensor:
         """J(θ) = λ·J₁(θ)."""
@@ -72,6 +77,13 @@ class Regularizer:
         """The smallest λ at which prox(v, λ) is zero everywhere (the dual norm of `v` for a norm), a scalar tensor."""
         return self.thresholds(v).max() if v.numel() else v.sum()
 
+    def interval(self, lam: Any) -> tuple[Any, Any] | None:
+        """(low, high) if prox(x, λ) = x − clamp(x, low, high) entry by entry, so that one pass can compute it.
+
+        `lam`: a number, or an array of them. None, the default, for every other J.
+        """
+        return None
+
     def alive(self, weight: Tensor) -> Tensor:
         """The share of `weight` that is alive, a scalar tensor: non-zero over all entries."""
         return torch.count_nonzero(weight) / max(weight.numel(), 1)
@@ -113,6 +125,9 @@ class L1(Regularizer):
     def thresholds(self, v: Tensor) -> Tensor:
         return v.abs()
 
+    def interval(self, lam: Any) -> tuple[Any, Any]:
+        return -lam, lam
+
 
 @dataclass(frozen=True)
 class NonNegativeL1(Regularizer):
@@ -138,6 +153,9 @@ class NonNegativeL1(Regularizer):
 
     def thresholds(self, v: Tensor) -> Tensor:
         return v.clamp_min(0)
+
+    def interval(self, lam: Any) -> tuple[Any, Any]:
+        return -math.inf, lam
 
 
 #: name → (what it belongs to, the dimensions that a group spans, given the number of dimensions)
@@ -323,12 +341,23 @@ class SparseGroupL1(_Grouped):
 class NuclearNorm(Regularizer):
     """J = λ Σ σ_i, the singular values of the weight as a matrix (out, rest): low rank.
 
-    `rtol`: singular values up to rtol·σ_max count as zero; by default max(m, n)·ε of the dtype.
+    Args:
+        rtol: singular values up to rtol·σ_max count as zero; by default max(m, n)·ε of the dtype.
+        prox_every: a singular value decomposition takes far longer than a step. With k > 1 LinBreg and AdaBreg compute
+            it at every k-th step only: v moves in every step, θ stands still in between, so k gradients are taken at
+            the same weights, as with a k times larger batch. What is written is exactly prox_{δJ}(δv). ProxSGD, which
+            has no v, takes it at every step.
     """
 
-    rtol: float | None = field(default=None)
+    rtol: float | None = None
+    prox_every: int = field(default=1, repr=False)  # no part of J: a run may go on with another
 
     homogeneous = True
+    costly = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prox_every, bool) or not isinstance(self.prox_every, int) or self.prox_every < 1:
+            raise ValueError(f"`prox_every` is {self.prox_every!r}: expected a whole number of at least 1.")
 
     def check(self, shape: torch.Size) -> None:
         if len(shape) < 2:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from .base import BregmanOptimizer, check_number
+from .compiled import Numbers
+from .fused import Plan
 from .linbreg import as_float
 
 
@@ -78,9 +80,25 @@ class AdaBreg(BregmanOptimizer):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
         root = torch._foreach_sqrt(second)
-        for state in states:
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu() + 1
-        steps = [state["step"].item() for state in states]  # on the CPU, so that nothing waits for the device
+        steps = count_up(states)
         torch._foreach_div_(root, [(1 - beta2**k) ** 0.5 for k in steps])
         torch._foreach_add_(root, eps)
         torch._foreach_addcdiv_(duals, first, root, [-(lr / (1 - beta1**k)) for k in steps])
+
+    def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
+        lr, (beta1, beta2) = as_float(group["lr"]), group["betas"]
+        plan.point("FIRST", plan.buffer("exp_avg"))
+        plan.point("SECOND", plan.buffer("exp_avg_sq"))
+        steps = plan.count_up()
+        plan.set(BETA1=beta1, BETA2=beta2, EPS=group["eps"])
+        corrections = {k: ((1 - beta2**k) ** 0.5, -(lr / (1 - beta1**k))) for k in set(steps)}
+        root, pace = zip(*[corrections[k] for k in steps], strict=True)
+        plan.set(ROOT=root, PACE=pace)
+        return "ADAM"
+
+
+def count_up(states: list[dict[str, Any]]) -> list[float]:
+    """k ← k + 1 for every tensor. It lives on the CPU, so that nothing waits for the device."""
+    for state in states:
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu() + 1
+    return [state["step"].item() for state in states]

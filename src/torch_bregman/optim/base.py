@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import kernels
 from ..regularizers import Regularizer, broadcasts
+from . import compiled, fused
 
 _NO_PENALTY = "none"
 
@@ -54,7 +57,9 @@ class BregmanOptimizer(Optimizer):
         check_regularizer(regularizer)
         self._default_regularizer = regularizer
         self.regularizers = []
-        super().__init__(params, {"regularizer": _name(regularizer), **defaults})
+        self._plans: dict[int, Any] = {}  # what the fused step knows about each group
+        self._known: list[int] = []
+        super().__init__(params, {"regularizer": _name(regularizer), **defaults, "entries_updated": 0})
 
     # ------------------------------------------------------------------ groups and their options
 
@@ -66,8 +71,8 @@ class BregmanOptimizer(Optimizer):
         check_number("weight_decay", group["weight_decay"])
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError(f"Invalid `lr`: a tensor of shape {tuple(group['lr'].shape)}; expected one element.")
-        if group["fused"]:
-            raise ValueError("Invalid `fused`: True; there is no fused step yet, use foreach=True or None.")
+        if group["fused"] and group["foreach"]:
+            raise ValueError("Invalid `fused`: True; `fused` and `foreach` cannot be True together.")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; it may carry its own `regularizer` object, `lam`, `delta` and other options."""
@@ -83,6 +88,8 @@ class BregmanOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             for p in self.param_groups[-1]["params"]:
+                if param_group["fused"] and p.device.type == "cpu":
+                    kernels.require("`fused=True` on the CPU")
                 if given is not None:
                     given.check(p.shape)
                 for name in ("lam", "delta"):
@@ -92,7 +99,7 @@ class BregmanOptimizer(Optimizer):
                             f"Invalid `{name}`: a tensor of shape {tuple(value.shape)}; expected one that broadcasts "
                             f"against a parameter of shape {tuple(p.shape)}."
                         )
-        except ValueError:
+        except (ValueError, ImportError):
             del self.param_groups[-1]
             raise
         self.regularizers.append(given)
@@ -106,6 +113,7 @@ class BregmanOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._plans, self._known = {}, []
         self.defaults.pop("differentiable", None)  # torch puts it there; no option of ours
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -149,9 +157,15 @@ class BregmanOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._start()
-        for group, regularizer in zip(self.param_groups, self.regularizers, strict=True):
-            params = [p for p in group["params"] if p.grad is not None]
+        active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        if self._who(active) != self._known:
+            self._start()
+            self._plans = {}
+            self._known = self._who(active)
+        for i, (group, regularizer) in enumerate(zip(self.param_groups, self.regularizers, strict=True)):
+            params = active[i]
+            if self._wants_fused(group, params) and self._fused(i, params, group, regularizer):
+                continue
             grads = [self._gradient(p, group) for p in params]
             foreach = group["foreach"]
             if foreach is None:
@@ -162,6 +176,89 @@ class BregmanOptimizer(Optimizer):
                     self._update(params[at], grads[at], group, regularizer)
         return loss
 
+    def _who(self, active: list[list[Tensor]]) -> list[int]:
+        """Tells whether parameters or their state have been exchanged since the last step."""
+        return [id(x) for x in (*itertools.chain(*active), *self.state.values())]
+
+    def _wants_fused(self, group: dict[str, Any], params: list[Tensor]) -> bool:
+        """What was asked for, or else one pass once the work done would have paid for compiling it.
+
+        The count is part of `param_groups`, so that a resumed run switches at the same step.
+        """
+        if group["fused"] is not None or group["foreach"] is not None:
+            return bool(group["fused"])
+        if not params or params[0].device.type != "cpu" or torch.compiler.is_compiling() or not kernels.available():
+            return False
+        if group["entries_updated"] >= fused.EARNED:
+            return True
+        group["entries_updated"] += sum(p.numel() for p in params)
+        return False
+
+    def _fused(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
+        """One pass over memory for `params` of group i. False, and nothing done, where there is none for them."""
+        if params and all(compiled.supports(p) for p in params):
+            numbers = compiled.Numbers(params, [self.state[p] for p in params])
+            if not self._elementwise(numbers, group, reg):
+                return False
+            grads = [self._check_gradient(p) for p in params]
+            numbers.run(self._arm(numbers, group), not self.has_dual, grads)
+            self._remember_all(numbers.states, group)
+            return True
+        plans = fused.plans(self, i, params)
+        if plans is None:
+            return False
+        gradients = [plan.gradients(self._check_gradient) for plan in plans]  # held until the pass is through
+        for plan, grads in zip(plans, gradients, strict=True):
+            plan.point("GRAD", grads)
+            self._pass(plan, self._arm(plan, group), group, reg)
+        return True
+
+    def _elementwise(self, plan: fused.Plan | compiled.Numbers, group: dict[str, Any], reg: Regularizer | None) -> bool:
+        """Give the plan v and the prox as numbers. False where the prox needs more than one entry at a time."""
+        plan.set(DECAY=group["weight_decay"], SIGN=-1.0 if group["maximize"] else 1.0)
+        plan.point("V", plan.buffer("dual"))
+        now = fused.intervals(reg, [group["lam"]], [group["delta"]])
+        lam, delta = [state["lam"] for state in plan.states], [state["delta"] for state in plan.states]
+        before = now and fused.intervals(reg, lam, delta)
+        if now is None or before is None:
+            return False
+        (low0, high0, delta0), (low, high, delta) = before, now
+        plan.set(LOW0=low0, HIGH0=high0, DELTA0=delta0, LOW=low, HIGH=high, DELTA=delta)
+        return True
+
+    def _remember_all(self, states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        lam, delta = group["lam"], group["delta"]
+        if type(lam) is not float or any(state.get("lam") != lam or state.get("delta") != delta for state in states):
+            for state in states:
+                self._remember(state, group)
+
+    def _arm(self, plan: fused.Plan | compiled.Numbers, group: dict[str, Any]) -> str:
+        """Give the plan the numbers and buffers of this step; the name of the rule that moves v."""
+        raise NotImplementedError
+
+    def _pass(self, plan: fused.Plan, rule: str, group: dict[str, Any], reg: Regularizer | None) -> None:
+        """Move v by `rule` and write θ; with "HOLD" only θ is written."""
+        if self._elementwise(plan, group, reg):
+            plan.run(rule, "BOTH")
+            self._remember_all(plan.states, group)
+            return
+        edited = set()
+        for p, state in zip(plan.params, plan.states, strict=True):
+            own = plan.grouped(p, reg, group, state)
+            if own is None or own.edited(state["dual"], float(state["lam"]), float(state["delta"])):
+                self._follow(p, state, group, reg)
+                edited.add(p)
+        if rule != "HOLD":
+            plan.run(rule, "DUAL")
+        for p, state in zip(plan.params, plan.states, strict=True):
+            own = plan.grouped(p, reg, group, state)
+            if own is None:
+                if rule == "HOLD" or not self._waits(state, reg):
+                    self._write(p, state, group, reg)
+            else:
+                own.write(state["dual"], float(group["lam"]), float(group["delta"]), p in edited)
+                self._remember(state, group)
+
     def _update(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
     ) -> None:
@@ -170,7 +267,8 @@ class BregmanOptimizer(Optimizer):
             self._follow(p, state, group, reg)
         self._descend([state["dual"] for state in states], grads, states, group)
         for p, state in zip(params, states, strict=True):
-            self._write(p, state, group, reg)
+            if not self._waits(state, reg):
+                self._write(p, state, group, reg)
 
     def _descend(
         self, duals: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
@@ -178,7 +276,7 @@ class BregmanOptimizer(Optimizer):
         """Move every v along its gradient, in place: the equation of the method."""
         raise NotImplementedError
 
-    def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def _check_gradient(self, p: Tensor) -> Tensor:
         grad = p.grad
         assert grad is not None
         if grad.is_sparse:
@@ -189,7 +287,10 @@ class BregmanOptimizer(Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__} does not support complex gradients; pass real and imaginary parts."
             )
-        grad = grad.to(_dual_dtype(p))
+        return grad
+
+    def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        grad = self._check_gradient(p).to(_dual_dtype(p))
         if group["maximize"]:
             grad = -grad
         if group["weight_decay"] != 0:
@@ -215,6 +316,8 @@ class BregmanOptimizer(Optimizer):
                         fresh.append((tuple(p.shape), reg.alive(weight)))
                 self.state[p]["dual"] = torch.empty_like(p, dtype=_dual_dtype(p)).copy_(dual)
                 self._remember(self.state[p], group)
+                if reg is not None and reg.costly and not p.is_meta:
+                    self.state[p].update(written=checksum(p), waiting=0)
         if fresh:
             _warn_if_dense(fresh)
 
@@ -228,15 +331,33 @@ class BregmanOptimizer(Optimizer):
         """θ ← prox_{δJ}(δv), in place."""
         p.copy_(primal(state["dual"], reg, group["lam"], group["delta"]))
         self._remember(state, group)
+        if reg is not None and reg.costly:
+            state["written"], state["waiting"] = checksum(p), 0
+
+    def _waits(self, state: dict[str, Any], reg: Regularizer | None) -> bool:
+        """Whether this step leaves θ, because its prox is taken at every `prox_every`-th step only."""
+        if reg is None or reg.prox_every == 1:
+            return False
+        state["waiting"] = (state.get("waiting", 0) + 1) % reg.prox_every
+        return state["waiting"] != 0
 
     def _follow(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], reg: Regularizer | None) -> None:
         """Where θ is not what the last step wrote, give v the value that belongs to it."""
-        expected = primal(state["dual"], reg, state["lam"], state["delta"]).to(p.dtype)
-        if p.device.type == "cpu" and torch.equal(expected, p):
-            return  # elsewhere looking would wait for the device, so the same arithmetic runs masked
         if p.is_meta:
             return
-        self._set_dual(p.to(state["dual"].dtype), expected != p, state, group, reg)
+        if "written" in state:
+            now = checksum(p)
+            if bool(now == state["written"]):
+                return
+            state["written"] = now
+        if state.get("waiting"):  # v has moved on from the θ that was written: there is nothing to compare with
+            changed = torch.ones_like(p, dtype=torch.bool)
+        else:
+            expected = primal(state["dual"], reg, state["lam"], state["delta"]).to(p.dtype)
+            if p.device.type == "cpu" and torch.equal(expected, p):
+                return  # elsewhere looking would wait for the device, so the same arithmetic runs masked
+            changed = expected != p
+        self._set_dual(p.to(state["dual"].dtype), changed, state, group, reg)
 
     def _set_dual(
         self, weight: Tensor, changed: Tensor, state: dict[str, Any], group: dict[str, Any], reg: Regularizer | None
@@ -249,7 +370,9 @@ class BregmanOptimizer(Optimizer):
         held = dual - primal(dual, reg, state["lam"], state["delta"]) / state["delta"]
         eps, tiny = torch.finfo(dual.dtype).eps, torch.finfo(dual.dtype).tiny
         # Where λ is tiny or zero all memory is out of reach; it must not become infinite.
-        near = held / torch.as_tensor(lam).to(dual).clamp_min((eps * held.abs().amax()).clamp_min(tiny))
+        near = held / torch.as_tensor(lam, dtype=dual.dtype, device=dual.device).clamp_min(
+            (eps * held.abs().amax()).clamp_min(tiny)
+        )
         # A hair inside, so that rounding does not lift an entry that was set to zero over the threshold.
         p = (1 - 4 * eps * (weight == 0).to(dual.dtype)) * reg.nearest_subgradient(weight, near)
         dual.copy_(torch.where(reg.coupled(changed), weight / delta + lam * p, dual))
@@ -264,10 +387,16 @@ class BregmanOptimizer(Optimizer):
         """
         for i in range(len(self.param_groups)) if groups is None else groups:
             group, reg = self.param_groups[i], self.regularizers[i]
-            for p in group["params"]:
-                if "dual" in self.state.get(p, {}):
-                    self._follow(p, self.state[p], group, reg)
-                    self._write(p, self.state[p], group, reg)
+            params = [p for p in group["params"] if "dual" in self.state.get(p, {})]
+            known = self._plans.get(i)
+            plans = fused.plans(self, i, params) if known and known[1] and len(known[0]) == len(params) else None
+            if plans is not None:
+                for plan in plans:
+                    self._pass(plan, "HOLD", group, reg)
+                continue
+            for p in params:
+                self._follow(p, self.state[p], group, reg)
+                self._write(p, self.state[p], group, reg)
 
 
 def primal(dual: Tensor, reg: Regularizer | None, lam: float | Tensor, delta: float | Tensor) -> Tensor:
@@ -276,6 +405,12 @@ def primal(dual: Tensor, reg: Regularizer | None, lam: float | Tensor, delta: fl
         return reg.prox(dual * delta, delta * lam)
     weight = dual if reg is None else reg.prox(dual, lam)
     return weight if isinstance(delta, float | int) and delta == 1 else weight * delta
+
+
+def checksum(p: Tensor) -> Tensor:
+    """The sum of the bits of `p`, the same on every machine and for every order of summation."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[p.element_size()]
+    return p.detach().view(bits).sum(dtype=torch.int64)
 
 
 def check_regularizer(regularizer: Any) -> None:

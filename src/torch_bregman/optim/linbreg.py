@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from .base import BregmanOptimizer, check_number
+from .compiled import Numbers
+from .fused import Plan
 
 
 class LinBreg(BregmanOptimizer):
@@ -36,7 +38,9 @@ class LinBreg(BregmanOptimizer):
         weight_decay: added to the gradient, as in SGD.
         maximize: ascend instead.
         foreach: update all tensors of a group together; None decides as torch does (on CUDA).
-        fused: not available yet.
+        fused: the whole step as one pass over memory, with the extra `fast` on the CPU. None: on the CPU once a
+            thousand million entries were updated, when compiling has paid off (it is kept on disk). Half precision and
+            tensors with gaps take the plain step.
 
     Raises:
         ValueError: an option out of range, or a regulariser that does not fit a parameter's shape.
@@ -87,6 +91,15 @@ class LinBreg(BregmanOptimizer):
             torch._foreach_sub_(duals, buffers)
         else:
             torch._foreach_add_(duals, sgd_direction(grads, states, group), alpha=-lr)
+
+    def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
+        plan.set(LR=as_float(group["lr"]), BETA1=group["momentum"])
+        if group["momentum"] == 0:
+            return "PLAIN"
+        plan.point("FIRST", plan.buffer("momentum"))
+        if group["momentum_rule"] == "paper":
+            return "PAPER"
+        return "NESTEROV" if group["nesterov"] else "SGD"
 
 
 def sgd_direction(grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from .base import BregmanOptimizer
+from .compiled import Numbers
+from .fused import Plan, intervals
 from .linbreg import as_float, check_momentum, sgd_direction
 
 
@@ -60,6 +62,34 @@ class ProxSGD(BregmanOptimizer):
         weights = torch._foreach_add([p.to(g.dtype) for p, g in zip(params, grads, strict=True)], grads, alpha=-lr)
         for p, weight in zip(params, weights, strict=True):
             p.copy_(weight if reg is None else reg.prox(weight, lr * group["lam"]))
+
+    def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
+        plan.set(LR=as_float(group["lr"]), BETA1=group["momentum"])
+        if group["momentum"] == 0:
+            return "PLAIN"
+        plan.point("FIRST", plan.buffer("momentum"))
+        return "NESTEROV" if group["nesterov"] else "SGD"
+
+    def _fused(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
+        # A prox that needs more than one entry at a time takes the plain step.
+        return self._interval(group, reg) is not None and super()._fused(i, params, group, reg)
+
+    def _interval(self, group: dict[str, Any], reg: Regularizer | None) -> tuple[Any, Any, Any] | None:
+        return intervals(reg, [as_float(group["lr"]) * group["lam"]], [1.0])
+
+    def _elementwise(self, plan: Plan | Numbers, group: dict[str, Any], reg: Regularizer | None) -> bool:
+        plan.set(DECAY=group["weight_decay"], SIGN=-1.0 if group["maximize"] else 1.0)
+        between = self._interval(group, reg)
+        if between is not None:
+            plan.set(LOW=between[0], HIGH=between[1])
+        return between is not None
+
+    def _remember_all(self, states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        """θ does not depend on the λ of the last step."""
+
+    def _pass(self, plan: Plan, rule: str, group: dict[str, Any], reg: Regularizer | None) -> None:
+        self._elementwise(plan, group, reg)
+        plan.run(rule, "PRIMAL")
 
     def refresh(self, groups: Iterable[int] | None = None) -> None:
         """Nothing to do: θ does not depend on λ."""

@@ -1,0 +1,19 @@
+"""The inner loops, written in Numba: what they compute stands in readable PyTorch elsewhere and is tested against it.
+
+They need the extra `fast`. Without it everything works, slower.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+def available() -> bool:
+    """Whether Numba is installed. It is imported only when a kernel is wanted: that takes half a second."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def require(what: str) -> None:
+    """ImportError naming the extra, unless Numba is there."""
+    if not available():
+        raise ImportError(f"{what} needs Numba: pip install 'torch-bregman[fast]'.")

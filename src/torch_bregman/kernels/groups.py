@@ -1,0 +1,280 @@
+"""θ = δ·shrink(v) group by group: groups without a live weight are read for their norm and not written.
+
+A tensor in memory is read as rows of `inner` entries, and row r belongs to group r mod `groups`. With one row per group
+("contiguous": rows, filters, kernels) the norm, the factor and the write follow each other while the row is in cache.
+Else (columns, channels: `outer` slices of all groups) the norms come first, and then only the rows of live groups are
+visited. FACTORS keeps what every group was last multiplied with: 0 where it is dead.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numba
+import numpy as np
+from numba import carray
+
+from .step import ROTATION, compiled
+from .vector import (
+    LINE_BYTES,
+    claim,
+    clamp,
+    denormals_are_zero,
+    fma,
+    load,
+    pointer,
+    prefetch,
+    prefetch_if,
+    some,
+    splat,
+    store,
+)
+
+COUNTER, OUTER, GROUPS, INNER, CHUNK, V, THETA, SUMS, FACTORS, LIST, LISTED, NUMBERS, LOOK, EDITED = range(14)
+SOFT, SHRINK, DELTA = range(3)
+AHEAD = 16  # groups
+
+_inner = numba.njit(forceinline=True, error_model="numpy")
+
+
+@_inner
+def _soft(x, soft):
+    return x - min(max(x, -soft), soft)
+
+
+@_inner
+def _square(v, start, inner, soft, lane):
+    """Σ soft(v)² of one row."""
+    lanes = lane.size
+    total = v.dtype.type(0)
+    whole = inner // lanes * lanes
+    if whole:
+        low, high, sums = splat(-soft), splat(soft), splat(total)
+        for k in range(0, whole, lanes):
+            x = load(v, start + k)
+            x = x - clamp(x, low, high)
+            sums = fma(x, x, sums)
+        store(lane, 0, sums)
+        for k in range(lanes):
+            total += lane[k]
+    for k in range(whole, inner):
+        x = _soft(v[start + k], soft)
+        total += x * x
+    return total
+
+
+@_inner
+def _short_squares(v, start, inner, count, soft, buffer, sums):
+    """sums[g] = Σ soft(v)² of `count` <= lanes rows that are shorter than a line: line by line, then added up."""
+    lanes = sums.size
+    low, high = splat(-soft), splat(soft)
+    whole = count * inner // lanes * lanes
+    for k in range(0, whole, lanes):
+        x = load(v, start + k)
+        x = x - clamp(x, low, high)
+        store(buffer, k, x * x)
+    for k in range(whole, count * inner):
+        x = _soft(v[start + k], soft)
+        buffer[k] = x * x
+    for g in range(count):
+        total = buffer[g * inner]
+        for k in range(g * inner + 1, (g + 1) * inner):
+            total += buffer[k]
+        sums[g] = total
+
+
+@_inner
+def _write(p, v, start, inner, factor, soft, delta, lanes):
+    whole = inner // lanes * lanes
+    low, high, factors, deltas = splat(-soft), splat(soft), splat(factor), splat(delta)
+    for k in range(start, start + whole, lanes):
+        x = load(v, k)
+        store(p, k, deltas * ((x - clamp(x, low, high)) * factors))
+    for k in range(start + whole, start + inner):
+        p[k] = delta * (_soft(v[k], soft) * factor)
+
+
+@_inner
+def _differs(p, v, start, inner, factor, soft, delta, lanes):
+    whole = inner // lanes * lanes
+    low, high, factors, deltas = splat(-soft), splat(soft), splat(factor), splat(delta)
+    found = False
+    for k in range(start, start + whole, lanes):
+        x = load(v, k)
+        found |= some(deltas * ((x - clamp(x, low, high)) * factors) != load(p, k)) != 0
+    for k in range(start + whole, start + inner):
+        found |= delta * (_soft(v[k], soft) * factor) != p[k]
+    return found
+
+
+@functools.cache
+def squares(name):
+    """SUMS[chunk, group] = Σ soft(v)² over the CHUNK outer slices of a chunk, for groups that come again and again."""
+    dtype = np.dtype(name)
+    width, lanes = dtype.itemsize, LINE_BYTES // dtype.itemsize
+
+    def loop(data):
+        head = carray(data, (14,), np.int64)
+        outer, groups, inner, size = head[OUTER], head[GROUPS], head[INNER], head[CHUNK]
+        soft = dtype.type(carray(pointer(head[NUMBERS]), (3,), np.float64)[SOFT])
+        low, high, lane, buffer = splat(-soft), splat(soft), np.zeros(lanes, dtype), np.zeros(lanes * lanes, dtype)
+        whole = groups // lanes * lanes
+        word = denormals_are_zero(-1)
+        while True:
+            chunk = claim(head)
+            if chunk * size >= outer:
+                break
+            sums = carray(pointer(head[SUMS] + chunk * groups * width), (groups,), dtype)
+            sums[:] = 0
+            for o in range(chunk * size, min((chunk + 1) * size, outer)):
+                v = carray(pointer(head[V] + o * groups * inner * width), (groups * inner,), dtype)
+                if inner == 1:
+                    for k in range(0, whole, lanes):
+                        x = load(v, k)
+                        x = x - clamp(x, low, high)
+                        store(sums, k, fma(x, x, load(sums, k)))
+                    for k in range(whole, groups):
+                        x = _soft(v[k], soft)
+                        sums[k] += x * x
+                elif inner < lanes:
+                    for first in range(0, groups, lanes):
+                        count = min(lanes, groups - first)
+                        _short_squares(v, first * inner, inner, count, soft, buffer, lane)
+                        for g in range(count):
+                            sums[first + g] += lane[g]
+                else:
+                    for group in range(groups):
+                        sums[group] += _square(v, group * inner, inner, soft, lane)
+        denormals_are_zero(word)
+
+    return compiled(loop)
+
+
+@functools.cache
+def shrink(name):
+    """Write θ. One outer slice: every group gets its factor here. Several: FACTORS has them, LIST the groups to write.
+
+    With inner = 1 LIST has the first entries of cache lines, in which some groups may be dead: their factor is 0.
+    """
+    dtype = np.dtype(name)
+    width, lanes = dtype.itemsize, LINE_BYTES // dtype.itemsize
+    tiny = np.finfo(dtype).tiny
+
+    def loop(data):
+        head = carray(data, (14,), np.int64)
+        outer, groups, inner, size = head[OUTER], head[GROUPS], head[INNER], head[CHUNK]
+        numbers = carray(pointer(head[NUMBERS]), (3,), np.float64)
+        soft, threshold, delta = dtype.type(numbers[SOFT]), dtype.type(numbers[SHRINK]), dtype.type(numbers[DELTA])
+        low, high, deltas = splat(-soft), splat(soft), splat(delta)
+        lane, buffer = np.zeros(lanes, dtype), np.zeros(lanes * lanes, dtype)
+        surely_dead = threshold * threshold * dtype.type(1 - 1e-5)  # saves most groups the root
+        factors = carray(pointer(head[FACTORS]), (groups,), dtype)
+        rows = carray(pointer(head[LIST]), (head[LISTED],), np.int64)
+        word = denormals_are_zero(-1)
+        while True:
+            chunk = claim(head)
+            start = chunk * size
+            if start >= (groups if outer == 1 else outer):
+                break
+            if outer == 1:
+                stop = min(start + size, groups)
+                v = carray(pointer(head[V]), (groups * inner,), dtype)
+                p = carray(pointer(head[THETA]), (groups * inner,), dtype)
+                step = lanes if inner < lanes else 1
+                for first in range(start, stop, step):
+                    count = min(step, stop - first)
+                    if inner < lanes:
+                        _short_squares(v, first * inner, inner, count, soft, buffer, lane)
+                    else:
+                        lane[0] = _square(v, first * inner, inner, soft, buffer[:lanes])
+                    for group in range(first, first + count):
+                        square = lane[group - first]
+                        factor = dtype.type(0)
+                        if not square <= surely_dead:
+                            norm = np.sqrt(square)
+                            factor = max(norm - threshold, factor) / max(norm, dtype.type(tiny))
+                            if norm != norm:
+                                factor = norm
+                        if factor != 0 or factors[group] != 0:
+                            _write(p, v, group * inner, inner, factor, soft, delta, lanes)
+                            factors[group] = factor
+                continue
+            for o in range(start, min(start + size, outer)):
+                v = carray(pointer(head[V] + o * groups * inner * width), (groups * inner,), dtype)
+                p = carray(pointer(head[THETA] + o * groups * inner * width), (groups * inner,), dtype)
+                for q in range(rows.size):
+                    k = rows[q]
+                    if q + AHEAD < rows.size:
+                        prefetch(v, rows[q + AHEAD] * inner)
+                        prefetch(p, rows[q + AHEAD] * inner)
+                    if inner > 1:
+                        _write(p, v, k * inner, inner, factors[k], soft, delta, lanes)
+                    elif k + lanes <= groups:
+                        x = load(v, k)
+                        store(p, k, deltas * ((x - clamp(x, low, high)) * load(factors, k)))
+                    else:
+                        for j in range(k, groups):
+                            p[j] = delta * (_soft(v[j], soft) * factors[j])
+        denormals_are_zero(word)
+
+    return compiled(loop)
+
+
+@functools.cache
+def look(name):
+    """EDITED ← 1 if a θ is not what FACTORS says. Dead groups are read with LOOK = −1, else one chunk in ROTATION."""
+    dtype = np.dtype(name)
+    width, lanes = dtype.itemsize, LINE_BYTES // dtype.itemsize
+
+    def loop(data):
+        head = carray(data, (14,), np.int64)
+        outer, groups, inner, size = head[OUTER], head[GROUPS], head[INNER], head[CHUNK]
+        numbers = carray(pointer(head[NUMBERS]), (3,), np.float64)
+        soft, delta = dtype.type(numbers[SOFT]), dtype.type(numbers[DELTA])
+        low, high, deltas = splat(-soft), splat(soft), splat(delta)
+        factors = carray(pointer(head[FACTORS]), (groups,), dtype)
+        rows = carray(pointer(head[LIST]), (head[LISTED],), np.int64)
+        spare, flags = np.zeros(lanes, dtype), np.zeros(2, np.int64)
+        flags[1] = -1
+        step = lanes if inner == 1 else 1
+        found = False
+        word = denormals_are_zero(-1)
+        while True:
+            chunk = claim(head)
+            start = chunk * size
+            if start >= (groups if outer == 1 else outer):
+                break
+            everything = head[LOOK] < 0 or chunk % ROTATION == head[LOOK] % ROTATION
+            if outer == 1:
+                v = carray(pointer(head[V]), (groups * inner,), dtype)
+                p = carray(pointer(head[THETA]), (groups * inner,), dtype)
+                for group in range(start, min(start + size, groups)):
+                    soon = min(group + AHEAD, groups - 1)
+                    wanted = flags[np.int64(factors[soon] != 0)]
+                    prefetch_if(v, soon * inner, wanted, spare)
+                    prefetch_if(p, soon * inner, wanted, spare)
+                    if everything or factors[group] != 0:
+                        found |= _differs(p, v, group * inner, inner, factors[group], soft, delta, lanes)
+                continue
+            for o in range(start, min(start + size, outer)):
+                v = carray(pointer(head[V] + o * groups * inner * width), (groups * inner,), dtype)
+                p = carray(pointer(head[THETA] + o * groups * inner * width), (groups * inner,), dtype)
+                for q in range((groups + step - 1) // step if everything else head[LISTED]):
+                    k = q * step if everything else rows[q]
+                    if q + AHEAD < head[LISTED]:
+                        prefetch(v, rows[q + AHEAD] * inner)
+                        prefetch(p, rows[q + AHEAD] * inner)
+                    if inner > 1:
+                        found |= _differs(p, v, k * inner, inner, factors[k], soft, delta, lanes)
+                    elif k + lanes <= groups:
+                        x = load(v, k)
+                        x = deltas * ((x - clamp(x, low, high)) * load(factors, k))
+                        found |= some(x != load(p, k)) != 0
+                    else:
+                        for j in range(k, groups):
+                            found |= delta * (_soft(v[j], soft) * factors[j]) != p[j]
+        if found:
+            head[EDITED] = 1
+        denormals_are_zero(word)
+
+    return compiled(loop)
