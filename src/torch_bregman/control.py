@@ -14,6 +14,7 @@ from .density import check_density
 from .layers import weight_layers
 from .optim import BregmanOptimizer
 from .optim.base import check_number, count_nonzero
+from .optim.fused import near_one
 from .regularizers import NuclearNorm
 
 WARM_UP = 200  # steps in which λ is looked for where none was given
@@ -80,20 +81,27 @@ class Scope:
 
     def exact_factor(self, optimizer: BregmanOptimizer, target: float) -> float:
         """The factor on λ that leaves the target; groups keep the ratios of their λ."""
-        thresholds, moved = [], set()
-        counted = {id(p) for p in self.weights}
+        counted, duals = {id(p) for p in self.weights}, {}
         for i in self.groups:
-            group, reg = optimizer.param_groups[i], optimizer.regularizers[i]
-            assert reg is not None
-            for p in group["params"]:
-                if id(p) in counted and "dual" in optimizer.state[p]:
-                    moved.add(id(p))
-                    unit = group["lam"] if _any_positive(group["lam"]) else 1.0
-                    thresholds.append((reg.thresholds(optimizer.state[p]["dual"]) / unit).flatten())
-        if not thresholds:
+            params = [p for p in optimizer.param_groups[i]["params"] if id(p) in counted]
+            duals[i] = {p: optimizer.state[p]["dual"] for p in params if "dual" in optimizer.state[p]}
+        moved = {id(p) for some in duals.values() for p in some}
+        if not moved:
             return 1.0
         fixed = sum(count_nonzero([p for p in self.weights if id(p) not in moved]))
-        return threshold_for(torch.cat(thresholds), round(target * self.size) - fixed)
+        kept = round(target * self.size) - fixed
+        near = near_one(optimizer, {i: list(some.values()) for i, some in duals.items()}, kept)
+        if near is not None:
+            factor = between(near[1:], kept - int(near[0]))
+            if factor is not None:
+                return factor
+        thresholds = []
+        for i, some in duals.items():
+            lam, reg = optimizer.param_groups[i]["lam"], optimizer.regularizers[i]
+            assert reg is not None
+            unit = lam if _any_positive(lam) else 1.0
+            thresholds += [(reg.thresholds(v) / unit).flatten() for v in some.values()]
+        return threshold_for(torch.cat(thresholds), kept)
 
     def prune(self, optimizer: BregmanOptimizer, target: float) -> None:
         """Without a dual: zero the smallest weights, if there are too many."""
@@ -284,6 +292,13 @@ class TargetDensity:
         self.steps = state_dict["steps"]
         for scope, values in zip(self._scopes, state_dict["scopes"], strict=True):
             scope.start, scope.searching, scope.gain, scope.side = values
+
+
+def between(values: Tensor, kept: int) -> float | None:
+    """A λ half-way between the `kept`-th and the next largest of `values`; None where the two are equal."""
+    below, above = torch.topk(values, kept + 1, sorted=False).values.topk(2, largest=False).values.sort().values.tolist()
+    middle = below + (above - below) / 2
+    return middle if below < middle < above else None
 
 
 def threshold_for(values: Tensor, kept: int) -> float:

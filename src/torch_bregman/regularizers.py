@@ -179,7 +179,7 @@ def group_dims(groups: str, shape: torch.Size | tuple[int, ...]) -> tuple[int, .
 
 
 @dataclass(frozen=True, eq=False)
-class _Grouped(Regularizer):
+class Grouped(Regularizer):
     """Shared by the group regularisers: which entries belong together, their norms and sizes."""
 
     groups: str | Tensor = "rows"
@@ -256,7 +256,7 @@ def broadcasts(small: torch.Size, large: torch.Size) -> bool:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GroupL1(_Grouped):
+class GroupL1(Grouped):
     """J = λ Σ_g √n_g ‖θ_g‖₂: whole groups are zero or alive together.
 
     `groups`: "rows" (output neurons) and "columns" (input features) of a Linear; "kernels" (out, in), "filters" (out)
@@ -294,7 +294,7 @@ class GroupL1(_Grouped):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparseGroupL1(_Grouped):
+class SparseGroupL1(Grouped):
     """J = λ (α‖θ‖₁ + (1−α) Σ_g √n_g ‖θ_g‖₂), α = `l1_ratio`: few groups, and few weights within them."""
 
     l1_ratio: float = 0.5

@@ -83,6 +83,22 @@ def _moved(rule, x, g, m, s, i, a, b, b2, w2, eps, root, pace):
 
 
 @_inner
+def _shrunk(x, low, high, one_sided, lowest, infinite):
+    """x − clamp(x, low, high); with low = −∞ an infinite x becomes zero, and not ∞ − ∞."""
+    if one_sided:
+        x = clamp(x, lowest, infinite)
+    return x - clamp(x, low, high)
+
+
+@_inner
+def _followed(x, theta, expected, low, high, delta0, delta, inside, zero):
+    """v ← θ/δ + p, p ∈ ∂J(θ); where θ is zero v keeps what it remembers, a hair inside the threshold."""
+    memory = clamp(x - expected / delta0, low, high)
+    end = select(theta > zero, high, select(low < zero - high, memory, low))
+    return select(theta != zero, theta / delta + end, inside * memory)
+
+
+@_inner
 def _lines(rule, mode, count, p, g, v, m, s, live, c, look, spare, flags):
     """`count` lines of one tensor; returns 1 if a weight was found that the last step did not write.
 
@@ -97,6 +113,8 @@ def _lines(rule, mode, count, p, g, v, m, s, live, c, look, spare, flags):
     a = splat(T((1 - c[BETA1]) * c[LR] if rule == PAPER else (1 - c[BETA1] if rule == ADAM else -c[LR])))
     decay, sign, zero = splat(T(c[DECAY])), splat(T(c[SIGN])), splat(T(0))
     inside = splat(T(1 - 4 * np.finfo(p.dtype).eps))
+    one_sided = c[LOW] == -np.inf
+    lowest, infinite = splat(T(np.finfo(p.dtype).min)), splat(T(np.inf))
     edited, plain = 0, c[DECAY] == 0 and c[SIGN] > 0
     for line in range(count):
         i = line * lanes
@@ -105,34 +123,39 @@ def _lines(rule, mode, count, p, g, v, m, s, live, c, look, spare, flags):
         if mode == BOTH:
             prefetch_if(p, i + AHEAD * lanes, live[line + AHEAD], spare)
             seen = live[line] | look
-            expected = delta0 * (x - clamp(x, low0, high0))
+            expected = delta0 * _shrunk(x, low0, high0, one_sided, lowest, infinite)
             theta = load_if(p, i, seen, spare)
             changed = expected != theta
             if some(changed):  # a line that was not read is dead, and both sides are zero
-                # v ← θ/δ + p with p ∈ ∂J(θ); where θ is zero v keeps what it remembers, a hair inside the threshold.
-                memory = clamp(x - expected / delta0, low, high)
-                end = select(theta > zero, high, select(low < zero - high, memory, low))
-                fresh = select(theta != zero, theta / delta + end, inside * memory)
-                x = select(changed, fresh, x)
+                x = select(changed, _followed(x, theta, expected, low, high, delta0, delta, inside, zero), x)
                 edited, seen = 1, -1
+        before = x
         if rule != HOLD:
             d = load(g, i)
             if not plain:
                 d = fma(decay, load(p, i), sign * d)
             x = _moved(rule, x, d, m, s, i, a, b, b2, w2, eps, root, pace)
         if mode == PRIMAL:
-            x = x - clamp(x, low, high)
+            x = _shrunk(x, low, high, one_sided, lowest, infinite)
             store_if(p, i, flags[some((x != zero) | (old != zero))], spare[lanes:], x)
         else:
             store(v, i, x)
             if mode == BOTH:
-                theta = delta * (x - clamp(x, low, high))
+                theta = delta * _shrunk(x, low, high, one_sided, lowest, infinite)
                 alive = flags[some(theta != zero)]
                 live[line] = alive
                 # Where to write must not wait for the new v, or everything after it waits as well; that a line comes
                 # alive is rare enough for a branch.
                 store_if(p, i, seen, spare[lanes:], theta)
                 if alive & ~seen:
+                    there = load(p, i)
+                    changed = there != zero
+                    if some(changed):  # changed from outside while nobody looked
+                        fresh = _followed(before, there, zero, low, high, delta0, delta, inside, zero)
+                        x = select(changed, fresh + (x - before), x)
+                        store(v, i, x)
+                        theta = delta * _shrunk(x, low, high, one_sided, lowest, infinite)
+                        edited = 1
                     store(p, i, theta)
     return edited
 

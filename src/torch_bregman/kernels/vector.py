@@ -286,3 +286,14 @@ def prefetch(context, array, index):
         return context.get_dummy_value()
 
     return types.void(array, index), codegen
+
+
+@intrinsic
+def count(context, mask):
+    """How many lanes of the mask are set."""
+
+    def codegen(context, builder, signature, args):
+        bits = builder.bitcast(args[0], ir.IntType(args[0].type.count))
+        return builder.zext(builder.ctpop(bits), ir.IntType(64))
+
+    return types.int64(mask), codegen

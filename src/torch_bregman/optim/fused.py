@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import threads
-from ..regularizers import GroupL1, Regularizer, SparseGroupL1
+from ..regularizers import L1, GroupL1, Regularizer, SparseGroupL1
 
 if TYPE_CHECKING:
     from .base import BregmanOptimizer
@@ -104,7 +104,7 @@ class Plan:
         return grads
 
     def count_up(self) -> list[float]:
-        """k ← k + 1: the number of this step for every tensor. All counts lie in one tensor, of which each has a view."""
+        """k ← k + 1, the number of this step for every tensor. All lie in one tensor, of which each state has a view."""
         found = [state.get("step") for state in self.states]
         if self.counts is None or any(map(_is_not, found, self.counts[1])):
             together = torch.tensor([0.0 if k is None else float(k) for k in found])
@@ -206,7 +206,7 @@ class GroupPlan:
         head, kernel = self.head, self.kernel
         self.numbers[:] = lam * self.l1_ratio, lam * (1 - self.l1_ratio) * self.scale, delta
         head[kernel.COUNTER], head[kernel.V], head[kernel.THETA] = 0, dual.data_ptr(), self.p.data_ptr()
-        threads.run(loop(self.name), head.ctypes.data, torch.get_num_threads() if self.p.numel() > ALONE else 1)
+        threads.run(loop(self.name), head.ctypes.data, torch.get_num_threads() if self.p.numel() > 8 * ALONE else 1)
 
     def edited(self, dual: Tensor, lam: float, delta: float) -> bool:
         """Whether θ is not what the last write left."""
@@ -227,7 +227,8 @@ class GroupPlan:
             self.run(self.kernel.squares, dual, lam, delta)
             norms = np.sqrt(self.sums.sum(0, dtype=float)).astype(self.name)
             tiny = np.finfo(self.name).tiny
-            new = np.maximum(norms - self.numbers[self.kernel.SHRINK].astype(self.name), 0) / np.maximum(norms, tiny)
+            with np.errstate(invalid="ignore"):  # inf/inf is a NaN, as everywhere
+                new = np.maximum(norms - self.numbers[self.kernel.SHRINK].astype(self.name), 0) / np.maximum(norms, tiny)
             self.list((new != 0) | (self.factors != 0))
             self.factors[:] = new
         self.run(self.kernel.shrink, dual, lam, delta)
@@ -260,3 +261,40 @@ def in_memory(groups: Any, p: Tensor) -> tuple[int, int, int] | None:
             "filters": (1, n, k * rest), "kernels": (1, n * k, rest), "channels": (n, k, rest),
         }[groups]  # fmt: skip
     return {"filters": (1, n, k * rest), "channels": (n * rest, k, 1)}.get(groups)  # channels_last
+
+
+def near_one(optimizer: BregmanOptimizer, duals: dict[int, list[Tensor]], kept: int) -> Tensor | None:
+    """The entries of |v|/λ around its `kept`-th largest, if that is within a few percent of 1, and how many are larger.
+
+    `duals`: of each parameter group. Returns them as (values, larger) in one tensor of float64, `larger` first; None
+    where the fused step does not run, a prox is not plain ℓ1, or the value is farther away.
+    """
+    rows, dtypes = [], set()
+    for i, some in duals.items():
+        lam = optimizer.param_groups[i]["lam"]
+        plain = type(optimizer.regularizers[i]) is L1 and isinstance(lam, float) and lam > 0
+        if not plain or not optimizer._plans.get(i, (None, None))[1]:
+            return None
+        rows += [(v.numel(), v.data_ptr(), lam) for v in some]
+        dtypes |= {v.dtype for v in some}
+    if len(dtypes) != 1 or not rows:
+        return None
+    from ..kernels import select
+
+    sizes, addresses, lam = np.array(rows, dtype=float).T
+    starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(-(-sizes.astype(np.int64) // select.CHUNK), out=starts[1:])
+    loop = select.band(DTYPES[dtypes.pop()])
+    for width in (0.01, 0.1):
+        jobs = np.stack([sizes, addresses, lam * (1 - width), lam * (1 + width), lam], 1)
+        near, found = np.empty(max(1024, int(sizes.sum() / 10))), np.zeros(1, np.int64)
+        above = np.zeros(starts[-1], np.int64)
+        head = np.array(
+            [0, starts[-1], len(rows), *(x.ctypes.data for x in (jobs, starts, near)), near.size]
+            + [x.ctypes.data for x in (found, above)]
+        )
+        threads.run(loop, head.ctypes.data, torch.get_num_threads() if sizes.sum() > 32 * ALONE else 1)
+        larger, n = int(above.sum()), int(found[0])
+        if n <= near.size and larger < kept < larger + n:
+            return torch.from_numpy(np.concatenate([[larger], near[:n]]))
+    return None
