@@ -13,9 +13,13 @@ of θ only the cache lines with a live weight count. "GB/s" is that over the tim
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -185,21 +189,41 @@ def groups_table(size: str, memory: Memory, rounds: int) -> None:
                     kept |= {(str(reg), name_, i): memory.tensors[name_][i].clone() for i in shaped}
                 steps[str(reg)] = optimizer.step
             seconds: dict[str, list[float]] = {reg: [] for reg in steps}
-            for round_ in range(rounds + 2):
+            for _ in range(3):  # several visits, each of steps in a row: between visits the content is exchanged
                 for reg in random.sample(list(steps), len(steps)):
-                    for i in shaped:
-                        for name_ in ("theta", "first"):
+                    for name_ in ("theta", "first"):
+                        for i in shaped:
                             memory.start[name_][i].copy_(kept[reg, name_, i])
                     memory.restore()
-                    start = time.perf_counter()
-                    steps[reg]()
-                    if round_ >= 2:
-                        seconds[reg].append(time.perf_counter() - start)
+                    for step in range(2 + rounds // 3):
+                        start = time.perf_counter()
+                        steps[reg]()
+                        if step >= 2:
+                            seconds[reg].append(time.perf_counter() - start)
             l1, group_l1 = seconds.values()
             ratios = [a / b for a, b in zip(group_l1, l1, strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             ms = statistics.median(group_l1) * 1e3
             print(f"{f'{kind} {name}':26}{ms:9.3f}{middle:8.2f}{f'{low:.2f}–{high:.2f}':>14}")
+
+
+FIRST_STEP = """
+import time, torch, torch_bregman as tb
+p = torch.nn.Parameter(torch.zeros(1000)); p.grad = torch.ones(1000)
+optimizer = tb.{kind}([p], regularizer=tb.L1(), lam=1.0, fused=True)
+start = time.perf_counter(); optimizer.step(); print(time.perf_counter() - start)
+"""
+
+
+def start_up() -> None:
+    """Seconds of the first fused step in a new process: compiled, and found in the file cache."""
+    print("\nfirst step of a process, seconds (import of Numba included): compiled, then from the file cache")
+    for kind in ("LinBreg", "AdaBreg"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-c", FIRST_STEP.format(kind=kind)]
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+            times = [subprocess.run(command, env=environment, capture_output=True, text=True).stdout for _ in range(2)]
+        print(f"{kind:26}{float(times[0]):9.1f}{float(times[1]):9.1f}")
 
 
 def main() -> None:
@@ -215,6 +239,8 @@ def main() -> None:
     ways: list[dict[str, Any]] = [{"fused": True}]
     if options.plain:
         ways += [{"foreach": True}, {"foreach": False}]
+    if options.device == "cpu" and not options.only_groups:
+        start_up()
     for size in options.sizes:
         memory = Memory(SIZES[size](), options.device)
         for density in () if options.only_groups else QUANTILE:

@@ -279,3 +279,54 @@ def test_threshold_takes_whole_groups():
         lam = threshold_for(values, asked)
         # the very last entry cannot be asked for with every other one: λ > 0 needs something below it
         assert int((values > lam).sum()) == got or asked == 12
+
+
+# ---------------------------------------------------------------------- λ found by counting, where it is nearly right
+
+
+@pytest.mark.parametrize("mode", ["exact", "feedback"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [tb.LinBreg, tb.AdaBreg])
+def test_counting_near_lam_finds_what_sorting_finds(
+    kind: type, dtype: torch.dtype, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    answers: list[bool] = []
+
+    def run(counting: bool) -> tuple[list[torch.Tensor], list[float]]:
+        from torch_bregman import control as module
+        from torch_bregman.optim.fused import near_one
+
+        def asked(*args: object) -> object:
+            found = near_one(*args) if counting else None  # type: ignore[arg-type]
+            answers.append(found is not None)
+            return found
+
+        monkeypatch.setattr(module, "near_one", asked)
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((211, 130), (64, 33), (300, 7))
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in shapes]
+        for p in params:
+            p.data *= torch.rand(p.shape, generator=generator) < 0.05
+        groups = [{"params": params[:2], "lam": 0.2}, {"params": params[2:], "lam": 0.05}]
+        optimizer = kind(groups, lr=0.05, regularizer=tb.L1(), fused=True)
+        control = tb.TargetDensity(optimizer, 0.05, mode=mode, every=2 if mode == "feedback" else 1)
+        densities = []
+        for _ in range(60):
+            for p in params:
+                p.grad = 0.1 * torch.randn(p.shape, generator=generator, dtype=dtype)
+            optimizer.step()
+            control.step()
+            densities.append(control.density)
+        return params, densities
+
+    counted, got = run(True)
+    assert sum(answers) > len(answers) / 2  # it was used, and not only in the first steps
+    if mode == "exact":
+        size = sum(p.numel() for p in counted)
+        assert {round(d * size) for d in got[10:]} == {round(0.05 * size)}  # Adam's first steps are all alike: ties
+    sorted_, other = run(False)
+    # λ lies somewhere between two neighbours, in float64 here and in the dtype of v there.
+    assert max(abs(a - b) for a, b in zip(got, other, strict=True)) < (1e-4 if mode == "exact" else 5e-3)
+    for a, b in zip(counted, sorted_, strict=True):
+        assert float(((a != 0) != (b != 0)).double().mean()) < 0.01

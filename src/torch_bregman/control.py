@@ -296,7 +296,7 @@ class TargetDensity:
 
 def between(values: Tensor, kept: int) -> float | None:
     """A λ half-way between the `kept`-th and the next largest of `values`; None where the two are equal."""
-    below, above = torch.topk(values, kept + 1, sorted=False).values.topk(2, largest=False).values.sort().values.tolist()
+    below, above = sorted(torch.topk(values, kept + 1, sorted=False).values.topk(2, largest=False).values.tolist())
     middle = below + (above - below) / 2
     return middle if below < middle < above else None
 

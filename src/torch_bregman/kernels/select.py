@@ -69,5 +69,3 @@ def band(name):
             above[chunk] = total
 
     return compiled(loop)
-
-

@@ -104,7 +104,7 @@ class Plan:
         return grads
 
     def count_up(self) -> list[float]:
-        """k ← k + 1, the number of this step for every tensor. All lie in one tensor, of which each state has a view."""
+        """k ← k + 1, the number of this step for every tensor: views of one tensor, so that one addition does."""
         found = [state.get("step") for state in self.states]
         if self.counts is None or any(map(_is_not, found, self.counts[1])):
             together = torch.tensor([0.0 if k is None else float(k) for k in found])
@@ -226,18 +226,18 @@ class GroupPlan:
         if self.outer > 1:
             self.run(self.kernel.squares, dual, lam, delta)
             norms = np.sqrt(self.sums.sum(0, dtype=float)).astype(self.name)
-            tiny = np.finfo(self.name).tiny
+            threshold, tiny = self.numbers[self.kernel.SHRINK].astype(self.name), np.finfo(self.name).tiny
             with np.errstate(invalid="ignore"):  # inf/inf is a NaN, as everywhere
-                new = np.maximum(norms - self.numbers[self.kernel.SHRINK].astype(self.name), 0) / np.maximum(norms, tiny)
-            self.list((new != 0) | (self.factors != 0))
+                new = np.maximum(norms - threshold, 0) / np.maximum(norms, tiny)
+            self.visit((new != 0) | (self.factors != 0))
             self.factors[:] = new
         self.run(self.kernel.shrink, dual, lam, delta)
         if self.outer > 1:
-            self.list(self.factors != 0)  # those that the next look will read
+            self.visit(self.factors != 0)  # those that the next look will read
         torch.autograd.graph.increment_version(self.p)
         self.known = self.p._version, self.p.data_ptr()
 
-    def list(self, groups: np.ndarray) -> None:
+    def visit(self, groups: np.ndarray) -> None:
         """Tell the kernel which groups to visit, or with rows of one entry, the cache lines that hold one."""
         if self.inner == 1:
             line = LINE_BYTES // self.factors.itemsize
@@ -285,9 +285,9 @@ def near_one(optimizer: BregmanOptimizer, duals: dict[int, list[Tensor]], kept: 
     starts = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(-(-sizes.astype(np.int64) // select.CHUNK), out=starts[1:])
     loop = select.band(DTYPES[dtypes.pop()])
-    for width in (0.01, 0.1):
+    for width in (0.01, 0.1, 0.4):
         jobs = np.stack([sizes, addresses, lam * (1 - width), lam * (1 + width), lam], 1)
-        near, found = np.empty(max(1024, int(sizes.sum() / 10))), np.zeros(1, np.int64)
+        near, found = np.empty(max(1024, int(sizes.sum() / 5))), np.zeros(1, np.int64)
         above = np.zeros(starts[-1], np.int64)
         head = np.array(
             [0, starts[-1], len(rows), *(x.ctypes.data for x in (jobs, starts, near)), near.size]
