@@ -297,3 +297,18 @@ def count(context, mask):
         return builder.zext(builder.ctpop(bits), ir.IntType(64))
 
     return types.int64(mask), codegen
+
+
+@intrinsic
+def total(context, a):
+    """The sum of all lanes, in whatever order is fastest."""
+
+    def codegen(context, builder, signature, args):
+        kind = args[0].type
+        suffix = f"v{kind.count}{'f32' if isinstance(kind.element, ir.FloatType) else 'f64'}"
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(kind.element, [kind.element, kind]), f"llvm.vector.reduce.fadd.{suffix}"
+        )
+        return builder.call(function, [ir.Constant(kind.element, -0.0), args[0]], fastmath=("reassoc",))
+
+    return a.scalar(a), codegen

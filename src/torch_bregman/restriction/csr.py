@@ -1,0 +1,151 @@
+"""Unstructured supports: the live weights of a matrix as one vector, and the layer that computes with them alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels import threads
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+ALONE = 1 << 15  # multiplications up to which a second thread does not pay
+
+
+class Pattern:
+    """Where a matrix W [out, in] is not zero: S = {(i, j) : W_ij ≠ 0}, row by row, and the same for Wᵀ.
+
+    `restrict(W)` takes the live entries as one vector, `prolong(values, W)` writes them back in place, zeros elsewhere.
+
+    Raises:
+        ValueError: `weight` is not a matrix, or has 2³¹ live entries or more.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        if weight.dim() != 2:
+            raise ValueError(f"`weight` has shape {tuple(weight.shape)}; expected a matrix [out, in].")
+        self.shape = tuple(weight.shape)
+        at = (weight.detach() != 0).nonzero()
+        if len(at) >= 1 << 31:
+            raise ValueError(f"`weight` has {len(at):,} live entries; expected fewer than 2^31.")
+        rows, columns = at.unbind(1)
+        self.index = rows * self.shape[1] + columns
+        backwards = torch.argsort(columns, stable=True)
+        identity = torch.arange(len(at), dtype=torch.int32)
+        # (start of every row, column of every entry, where its value is), of W and of Wᵀ
+        self.forward = _starts(rows, self.shape[0]), columns.int(), identity
+        self.backward = _starts(columns[backwards], self.shape[1]), rows[backwards].int(), backwards.int()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def density(self) -> float:
+        """Live entries over all entries."""
+        return len(self) / max(self.shape[0] * self.shape[1], 1)
+
+    def restrict(self, full: Tensor) -> Tensor:
+        """The live entries of `full` (a weight, a dual, a moment), in the order of the pattern."""
+        return full.detach().reshape(-1)[self.index]
+
+    @torch.no_grad()
+    def prolong(self, values: Tensor, full: Tensor, *, zeros: bool = True) -> None:
+        """Write `values` to the live entries of `full`, in place; the others become zero, or stay: `zeros=False`."""
+        if zeros:
+            full.zero_()
+        if full.is_contiguous():
+            full.view(-1)[self.index] = values.to(full.dtype)
+        else:
+            full[self.index // self.shape[1], self.index % self.shape[1]] = values.to(full.dtype)
+
+
+def _starts(rows: Tensor, n: int) -> Tensor:
+    starts = torch.zeros(n + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(rows, minlength=n), 0, out=starts[1:])
+    return starts
+
+
+def _run(loop: Any, lists: tuple[Tensor, Tensor, Tensor], values: Tensor, x: Tensor, y: Tensor, bias: Any) -> None:
+    """One kernel over the rows of `lists`; x and y are batch-last."""
+    start, columns, order = lists
+    rows = len(start) - 1
+    work = len(columns) * x.shape[1]
+    chunk = max(1, min(64, rows // 16))
+    addresses = [0 if t is None else t.data_ptr() for t in (start, columns, order, values, x, y, bias)]
+    head = np.array([0, rows, chunk, x.shape[1], *addresses], np.int64)
+    threads.run(loop, head.ctypes.data, torch.get_num_threads() if work > ALONE else 1)
+
+
+def _batch_last(x: Tensor) -> Tensor:
+    """[batch, n] as [n, batch] without gaps; no copy if it lies so already, as what this layer returns does."""
+    return x.detach().t().contiguous()
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+        from ..kernels import csr
+
+        xt = _batch_last(x)
+        y = xt.new_empty(pattern.shape[0], xt.shape[1])
+        values = values.contiguous()
+        _run(csr.product(DTYPES[x.dtype]), pattern.forward, values, xt, y, None if bias is None else bias.contiguous())
+        ctx.save_for_backward(xt, values)
+        ctx.pattern = pattern
+        return y.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        from ..kernels import csr
+
+        (grad,) = grads
+        xt, values = ctx.saved_tensors
+        name, pattern = DTYPES[xt.dtype], ctx.pattern
+        gt = _batch_last(grad)
+        to_x = to_values = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.empty_like(xt)
+            _run(csr.product(name), pattern.backward, values, gt, to_x, None)
+            to_x = to_x.t()
+        if ctx.needs_input_grad[1]:
+            to_values = torch.empty_like(values)
+            _run(csr.sampled(name), pattern.forward, to_values, xt, gt, None)
+        if ctx.needs_input_grad[2]:
+            to_bias = gt.sum(1)
+        return to_x, to_values, to_bias, None
+
+
+def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    """y = x Wᵀ + b [batch, out], where W [out, in] has `values` on `pattern` and zeros elsewhere.
+
+    Forward, the gradient to x and the gradient to `values` each cost 2·batch·len(pattern) operations; nothing of the
+    size of W is made. What comes out lies batch-last in memory, and the next layer takes it without a copy.
+
+    Args:
+        x: [batch, in], float32 or float64, in the memory of this machine.
+        values: the live weights, in the order of `pattern.restrict`.
+        bias: [out] or None.
+
+    Raises:
+        ImportError: without Numba (extra `fast`).
+        ValueError: shapes or dtypes that do not fit.
+    """
+    kernels.require("sparse_linear")
+    out, n = pattern.shape
+    if x.dim() != 2 or x.shape[1] != n:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}; expected [batch, {n}].")
+    if tuple(values.shape) != (len(pattern),):
+        raise ValueError(f"`values` has shape {tuple(values.shape)}; expected ({len(pattern)},).")
+    if bias is not None and tuple(bias.shape) != (out,):
+        raise ValueError(f"`bias` has shape {tuple(bias.shape)}; expected ({out},).")
+    for name, tensor in (("x", x), ("values", values), ("bias", bias)):
+        if tensor is not None and (
+            tensor.dtype not in DTYPES or tensor.dtype != x.dtype or tensor.device.type != "cpu"
+        ):
+            raise ValueError(
+                f"`{name}` is {tensor.dtype} on {tensor.device}; expected float32 or float64, all alike, on a CPU."
+            )
+    return _SparseLinear.apply(x, values, bias, pattern)  # type: ignore[no-untyped-call]

@@ -1,0 +1,122 @@
+"""Restriction to the live weights: the pattern, and the layer that computes with them alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_bregman.restriction import Pattern, sparse_linear
+
+pytest.importorskip("numba")
+
+SHAPES = [(1, 1), (10, 7), (33, 129), (64, 20), (5, 300)]
+BATCHES = [1, 2, 15, 16, 17, 128, 137, 300]
+
+
+def sparse(shape: tuple[int, int], density: float, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator, dtype=dtype)
+    return weight * (torch.rand(shape, generator=generator) < density)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+def test_it_is_the_dense_layer_with_masked_gradients(
+    shape: tuple[int, int], batch: int, density: float, with_bias: bool, dtype: torch.dtype
+) -> None:
+    weight = sparse(shape, density, dtype).requires_grad_()
+    pattern = Pattern(weight)
+    assert len(pattern) == int((weight != 0).sum())
+    values = pattern.restrict(weight).requires_grad_()
+    bias = torch.randn(shape[0], dtype=dtype, requires_grad=True) if with_bias else None
+    x, upstream = (
+        torch.randn(batch, shape[1], dtype=dtype, requires_grad=True),
+        torch.randn(batch, shape[0], dtype=dtype),
+    )
+    got = sparse_linear(x, values, bias, pattern)
+    wanted = F.linear(x, weight, bias)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(got, wanted, **tolerance)
+    inputs = [x, values] + ([bias] if bias is not None else [])
+    dense = [x, weight] + ([bias] if bias is not None else [])
+    gradients, full = torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(wanted, dense, upstream)
+    torch.testing.assert_close(gradients[0], full[0], **tolerance)
+    torch.testing.assert_close(gradients[1], pattern.restrict(full[1]), **tolerance)
+    if bias is not None:
+        torch.testing.assert_close(gradients[2], full[2], **tolerance)
+
+
+def test_gradients_by_finite_differences() -> None:
+    weight = sparse((7, 9), 0.3)
+    pattern = Pattern(weight)
+    arguments = (torch.randn(5, 9, dtype=torch.float64), pattern.restrict(weight), torch.randn(7, dtype=torch.float64))
+    inputs = [a.requires_grad_() for a in arguments]
+    assert torch.autograd.gradcheck(lambda x, values, bias: sparse_linear(x, values, bias, pattern), inputs)
+
+
+def test_layers_in_a_row_pass_their_layout_on() -> None:
+    one, two = sparse((40, 30), 0.2, torch.float32), sparse((20, 40), 0.2, torch.float32, seed=1)
+    first, second = Pattern(one), Pattern(two)
+    hidden = sparse_linear(torch.randn(64, 30), first.restrict(one), None, first).relu()
+    assert hidden.t().is_contiguous()
+    torch.testing.assert_close(
+        sparse_linear(hidden, second.restrict(two), None, second), F.linear(hidden, two), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_restrict_and_prolong_are_inverse_on_the_support_and_leave_the_rest_alone() -> None:
+    weight, dual = sparse((30, 20), 0.1), torch.randn(30, 20, dtype=torch.float64)
+    pattern = Pattern(weight)
+    assert pattern.density == pytest.approx(int((weight != 0).sum()) / 600)
+    before, held = dual.clone(), pattern.restrict(dual)
+    pattern.prolong(held + 1, dual, zeros=False)
+    assert torch.equal(dual, torch.where(weight != 0, before + 1, before))
+    target = torch.randn(30, 20, dtype=torch.float64)
+    storage = target.data_ptr()
+    pattern.prolong(pattern.restrict(weight), target)
+    assert torch.equal(target, weight)
+    assert target.data_ptr() == storage
+    across = torch.randn(20, 30, dtype=torch.float64).t()
+    pattern.prolong(pattern.restrict(weight), across)
+    assert torch.equal(across, weight)
+    assert torch.equal(pattern.restrict(across), pattern.restrict(weight))
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    weight = sparse((300, 200), 0.05, torch.float32)
+    pattern = Pattern(weight)
+    x, upstream, results = torch.randn(128, 200), torch.randn(128, 300), []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            a, values = x.clone().requires_grad_(), pattern.restrict(weight).requires_grad_()
+            y = sparse_linear(a, values, None, pattern)
+            results.append([y.detach(), *torch.autograd.grad(y, [a, values], upstream)])
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    weight = sparse((4, 3), 0.5, torch.float32)
+    pattern = Pattern(weight)
+    values, x = pattern.restrict(weight), torch.randn(2, 3)
+    with pytest.raises(ValueError, match=r"weight.*\(2, 3, 4\)"):
+        Pattern(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match=r"`x` has shape \(2, 4\); expected \[batch, 3\]"):
+        sparse_linear(torch.randn(2, 4), values, None, pattern)
+    with pytest.raises(ValueError, match=r"`values` has shape"):
+        sparse_linear(x, values[:-1], None, pattern)
+    with pytest.raises(ValueError, match=r"`bias` has shape \(3,\)"):
+        sparse_linear(x, values, torch.zeros(3), pattern)
+    with pytest.raises(ValueError, match=r"`values` is torch\.float64"):
+        sparse_linear(x, values.double(), None, pattern)
+    with pytest.raises(ValueError, match=r"`x` is torch\.bfloat16"):
+        sparse_linear(x.bfloat16(), values.bfloat16(), None, pattern)
