@@ -98,6 +98,7 @@ class Numbers:
     def __init__(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         self.params, self.states = params, states
         self.columns: dict[str, Any] = {}
+        self.asked: Any = None
         self.pointed: dict[str, list[Tensor]] = {}
 
     def set(self, **columns: Any) -> None:

@@ -59,21 +59,27 @@ class Plan:
         self.live = np.zeros(lines.sum(), np.int8)
         self.jobs[:, step.LIVE] = self.live.ctypes.data + np.cumsum(lines) - lines
         self.small = self.jobs[:, step.SIZE] <= SMALL
-        self.versions = np.full(len(params), -1, np.int64)
+        self.versions = [-1] * len(params)
+        self.addresses = [p.data_ptr() for p in params]
+        self.places = [0] * len(params)  # where θ lay in the last pass
+        self.at = self.head.ctypes.data
         self.buffers: dict[str, list[Tensor]] = {}
         self.groups: dict[Tensor, GroupPlan | None] = {}
         self.counts: tuple[Tensor, list[Tensor]] | None = None
+        self.asked: Any = None  # the λ and δ that the numbers stand for
+        self.given: dict[str, Any] = {}
 
     def fits(self) -> bool:
         """Whether the parameters are laid out as they were; they can only change that by moving."""
-        addresses = np.array([p.data_ptr() for p in self.params])
-        moved = (addresses != self.jobs[:, self.kernel.THETA]).any()
-        return not moved or [p.stride() for p in self.params] == self.strides
+        self.addresses = [p.data_ptr() for p in self.params]
+        return self.addresses == self.places or [p.stride() for p in self.params] == self.strides
 
     def set(self, **columns: Any) -> None:
         """Numbers for all tensors, or one per tensor, by the names of the kernel's columns."""
         for name, value in columns.items():
-            self.numbers[:, getattr(self.kernel, name)] = value
+            if type(value) is not float or self.given.get(name) != value:
+                self.numbers[:, getattr(self.kernel, name)] = value
+                self.given[name] = value if type(value) is float else None
 
     def point(self, column: str, tensors: list[Tensor]) -> None:
         """Where the kernel finds GRAD, V, FIRST or SECOND."""
@@ -132,18 +138,27 @@ class Plan:
     def run(self, rule: str, mode: str) -> None:
         """One pass. Addresses of v, gradients and moments, and all numbers, are in place."""
         step, jobs = self.kernel, self.jobs
-        versions = np.array([p._version for p in self.params])
-        addresses = np.array([p.data_ptr() for p in self.params])
-        same = (versions == self.versions) & (addresses == jobs[:, step.THETA]) & (jobs[:, step.EDITED] == 0)
-        jobs[:, step.LOOK] = self.small | ~same
-        jobs[:, step.THETA], jobs[:, step.EDITED] = addresses, 0
+        versions, addresses = [p._version for p in self.params], self.addresses
+        if versions == self.versions and addresses == self.places and not jobs[:, step.EDITED].any():
+            jobs[:, step.LOOK] = self.small
+        else:
+            known = np.array(versions) == np.array(self.versions)
+            known &= (np.array(addresses) == np.array(self.places)) & (jobs[:, step.EDITED] == 0)
+            jobs[:, step.LOOK] = self.small | ~known
+            jobs[:, step.THETA], jobs[:, step.EDITED] = addresses, 0
+            self.places = addresses
         self.head[step.COUNTER] = 0
         self.head[step.PHASE] += 1
         loop = step.step(DTYPES[self.dtype], getattr(step, rule), getattr(step, mode))
-        threads.run(loop, self.head.ctypes.data, torch.get_num_threads() if self.total > ALONE else 1)
+        threads.run(loop, self.at, torch.get_num_threads() if self.total > ALONE else 1)
         if mode != "DUAL":
             torch.autograd.graph.increment_version(self.params)
-            self.versions = versions + 1
+            self.versions = [version + 1 for version in versions]
+
+
+def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether λ, δ and the lists of them are equal numbers; tensors can change in place, so they never are."""
+    return a == b if all(type(x) is float for x in (*a[:2], *a[2], *a[3])) else False
 
 
 def _is_not(a: Any, b: Any) -> bool:
