@@ -24,7 +24,6 @@ from .vector import (
     load,
     pointer,
     prefetch,
-    prefetch_if,
     some,
     splat,
     store,
@@ -76,6 +75,13 @@ def _short_squares(v, start, inner, count, soft, buffer, sums):
     for k in range(whole, count * inner):
         x = _soft(v[start + k], soft)
         buffer[k] = x * x
+    if inner == 9:  # 3×3 kernels: a constant, for LLVM to unroll
+        for g in range(count):
+            total = buffer[g * 9]
+            for k in range(1, 9):
+                total += buffer[g * 9 + k]
+            sums[g] = total
+        return
     for g in range(count):
         total = buffer[g * inner]
         for k in range(g * inner + 1, (g + 1) * inner):
@@ -234,8 +240,6 @@ def look(name):
         low, high, deltas = splat(-soft), splat(soft), splat(delta)
         factors = carray(pointer(head[FACTORS]), (groups,), dtype)
         rows = carray(pointer(head[LIST]), (head[LISTED],), np.int64)
-        spare, flags = np.zeros(lanes, dtype), np.zeros(2, np.int64)
-        flags[1] = -1
         step = lanes if inner == 1 else 1
         found = False
         word = denormals_are_zero(-1)
@@ -249,10 +253,6 @@ def look(name):
                 v = carray(pointer(head[V]), (groups * inner,), dtype)
                 p = carray(pointer(head[THETA]), (groups * inner,), dtype)
                 for group in range(start, min(start + size, groups)):
-                    soon = min(group + AHEAD, groups - 1)
-                    wanted = flags[np.int64(factors[soon] != 0)]
-                    prefetch_if(v, soon * inner, wanted, spare)
-                    prefetch_if(p, soon * inner, wanted, spare)
                     if everything or factors[group] != 0:
                         found |= _differs(p, v, group * inner, inner, factors[group], soft, delta, lanes)
                 continue
