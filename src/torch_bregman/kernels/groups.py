@@ -27,6 +27,7 @@ from .vector import (
     some,
     splat,
     store,
+    store_if,
 )
 
 COUNTER, OUTER, GROUPS, INNER, CHUNK, V, THETA, SUMS, FACTORS, LIST, LISTED, NUMBERS, LOOK, EDITED = range(14)
@@ -160,7 +161,7 @@ def squares(name):
 def shrink(name):
     """Write θ. One outer slice: every group gets its factor here. Several: FACTORS has them, LIST the groups to write.
 
-    With inner = 1 LIST has the first entries of cache lines, in which some groups may be dead: their factor is 0.
+    With inner = 1 LIST has a byte per cache line instead, −1 where a group of it is to be written.
     """
     dtype = np.dtype(name)
     width, lanes = dtype.itemsize, LINE_BYTES // dtype.itemsize
@@ -176,6 +177,8 @@ def shrink(name):
         surely_dead = threshold * threshold * dtype.type(1 - 1e-5)  # saves most groups the root
         factors = carray(pointer(head[FACTORS]), (groups,), dtype)
         rows = carray(pointer(head[LIST]), (head[LISTED],), np.int64)
+        lines = carray(pointer(head[LIST]), (head[LISTED],), np.int8)
+        spare = np.zeros(lanes, dtype)
         word = denormals_are_zero(-1)
         while True:
             chunk = claim(head)
@@ -208,19 +211,20 @@ def shrink(name):
             for o in range(start, min(start + size, outer)):
                 v = carray(pointer(head[V] + o * groups * inner * width), (groups * inner,), dtype)
                 p = carray(pointer(head[THETA] + o * groups * inner * width), (groups * inner,), dtype)
+                if inner == 1:
+                    whole = groups // lanes * lanes
+                    for k in range(0, whole, lanes):
+                        x = load(v, k)
+                        x = deltas * ((x - clamp(x, low, high)) * load(factors, k))
+                        store_if(p, k, lines[k // lanes], spare, x)
+                    for k in range(whole, groups):
+                        p[k] = delta * (_soft(v[k], soft) * factors[k])
+                    continue
                 for q in range(rows.size):
-                    k = rows[q]
                     if q + AHEAD < rows.size:
                         prefetch(v, rows[q + AHEAD] * inner)
                         prefetch(p, rows[q + AHEAD] * inner)
-                    if inner > 1:
-                        _write(p, v, k * inner, inner, factors[k], soft, delta, lanes)
-                    elif k + lanes <= groups:
-                        x = load(v, k)
-                        store(p, k, deltas * ((x - clamp(x, low, high)) * load(factors, k)))
-                    else:
-                        for j in range(k, groups):
-                            p[j] = delta * (_soft(v[j], soft) * factors[j])
+                    _write(p, v, rows[q] * inner, inner, factors[rows[q]], soft, delta, lanes)
         denormals_are_zero(word)
 
     return compiled(loop)
@@ -240,8 +244,7 @@ def look(name):
         low, high, deltas = splat(-soft), splat(soft), splat(delta)
         factors = carray(pointer(head[FACTORS]), (groups,), dtype)
         rows = carray(pointer(head[LIST]), (head[LISTED],), np.int64)
-        step = lanes if inner == 1 else 1
-        found = False
+        found, differs = False, low > high  # high >= low: nothing yet
         word = denormals_are_zero(-1)
         while True:
             chunk = claim(head)
@@ -259,20 +262,22 @@ def look(name):
             for o in range(start, min(start + size, outer)):
                 v = carray(pointer(head[V] + o * groups * inner * width), (groups * inner,), dtype)
                 p = carray(pointer(head[THETA] + o * groups * inner * width), (groups * inner,), dtype)
-                for q in range((groups + step - 1) // step if everything else head[LISTED]):
-                    k = q * step if everything else rows[q]
-                    if q + AHEAD < head[LISTED]:
-                        prefetch(v, rows[q + AHEAD] * inner)
-                        prefetch(p, rows[q + AHEAD] * inner)
-                    if inner > 1:
-                        found |= _differs(p, v, k * inner, inner, factors[k], soft, delta, lanes)
-                    elif k + lanes <= groups:
+                if inner == 1:
+                    whole = groups // lanes * lanes
+                    for k in range(0, whole, lanes):
                         x = load(v, k)
                         x = deltas * ((x - clamp(x, low, high)) * load(factors, k))
-                        found |= some(x != load(p, k)) != 0
-                    else:
-                        for j in range(k, groups):
-                            found |= delta * (_soft(v[j], soft) * factors[j]) != p[j]
+                        differs = differs | (x != load(p, k))
+                    for k in range(whole, groups):
+                        found |= delta * (_soft(v[k], soft) * factors[k]) != p[k]
+                    continue
+                for q in range(groups if everything else rows.size):
+                    k = q if everything else rows[q]
+                    if q + AHEAD < rows.size:
+                        prefetch(v, rows[q + AHEAD] * inner)
+                        prefetch(p, rows[q + AHEAD] * inner)
+                    found |= _differs(p, v, k * inner, inner, factors[k], soft, delta, lanes)
+        found |= some(differs) != 0
         if found:
             head[EDITED] = 1
         denormals_are_zero(word)

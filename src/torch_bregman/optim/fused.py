@@ -209,7 +209,7 @@ class GroupPlan:
         self.numbers = np.zeros(3)
         self.known: tuple[int, int] | None = None  # version and address of θ as the last write left it
         self.head = np.zeros(14, np.int64)
-        self.listed = np.zeros(0, np.int64)
+        self.listed: np.ndarray = np.zeros(0, np.int64)
         for place, value in (
             (groups.OUTER, outer), (groups.GROUPS, self.groups), (groups.INNER, self.inner), (groups.CHUNK, size),
             (groups.SUMS, self.sums.ctypes.data), (groups.FACTORS, self.factors.ctypes.data),
@@ -253,10 +253,10 @@ class GroupPlan:
         self.known = self.p._version, self.p.data_ptr()
 
     def visit(self, groups: np.ndarray) -> None:
-        """Tell the kernel which groups to visit, or with rows of one entry, the cache lines that hold one."""
+        """Tell the kernel which groups to visit, or with rows of one entry, which cache lines hold one (−1)."""
         if self.inner == 1:
             line = LINE_BYTES // self.factors.itemsize
-            self.listed = np.flatnonzero(np.logical_or.reduceat(groups, np.arange(0, self.groups, line))) * line
+            self.listed = -np.logical_or.reduceat(groups, np.arange(0, self.groups, line)).astype(np.int8)
         else:
             self.listed = np.flatnonzero(groups)
         self.head[self.kernel.LIST], self.head[self.kernel.LISTED] = self.listed.ctypes.data, self.listed.size
