@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
+
+LINE_BYTES = 64  # a cache line
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}  # what the kernels compute in
+
 
 def available() -> bool:
     """Whether Numba is installed. It is imported only when a kernel is wanted: that takes half a second."""

@@ -15,17 +15,15 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
-from .step import compiled
+from .step import compiled, inlined
 from .vector import LINE_BYTES, claim, fma, load, pointer, splat, store, total
 
 COUNTER, ROWS, CHUNK, WIDTH, START, COLUMN, ORDER, VALUE, X, Y, BIAS = range(11)
 
-_inner = njit(forceinline=True, error_model="numpy")
 
-
-@_inner
+@inlined
 def _eight(values, columns, order, x, y, b, width, at, first, last, lanes):
     """Eight vectors of one row of Y."""
     s0, s1, s2, s3 = splat(b), splat(b), splat(b), splat(b)

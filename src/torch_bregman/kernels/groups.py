@@ -2,19 +2,18 @@
 
 A tensor in memory is read as rows of `inner` entries, and row r belongs to group r mod `groups`. With one row per group
 ("contiguous": rows, filters, kernels) the norm, the factor and the write follow each other while the row is in cache.
-Else (columns, channels: `outer` slices of all groups) the norms come first, and then only the rows of live groups are
-visited. FACTORS keeps what every group was last multiplied with: 0 where it is dead.
+Else (columns, channels: `outer` slices of all groups) the norms come first, and then only live groups are written.
+FACTORS keeps what every group was last multiplied with: 0 where it is dead.
 """
 
 from __future__ import annotations
 
 import functools
 
-import numba
 import numpy as np
 from numba import carray
 
-from .step import ROTATION, compiled
+from .step import ROTATION, compiled, inlined
 from .vector import (
     LINE_BYTES,
     claim,
@@ -34,15 +33,13 @@ COUNTER, OUTER, GROUPS, INNER, CHUNK, V, THETA, SUMS, FACTORS, LIST, LISTED, NUM
 SOFT, SHRINK, DELTA = range(3)
 AHEAD = 16  # groups
 
-_inner = numba.njit(forceinline=True, error_model="numpy")
 
-
-@_inner
+@inlined
 def _soft(x, soft):
     return x - min(max(x, -soft), soft)
 
 
-@_inner
+@inlined
 def _square(v, start, inner, soft, lane):
     """Σ soft(v)² of one row."""
     lanes = lane.size
@@ -63,7 +60,7 @@ def _square(v, start, inner, soft, lane):
     return total
 
 
-@_inner
+@inlined
 def _short_squares(v, start, inner, count, soft, buffer, sums):
     """sums[g] = Σ soft(v)² of `count` <= lanes rows that are shorter than a line: line by line, then added up."""
     lanes = sums.size
@@ -90,7 +87,7 @@ def _short_squares(v, start, inner, count, soft, buffer, sums):
         sums[g] = total
 
 
-@_inner
+@inlined
 def _write(p, v, start, inner, factor, soft, delta, lanes):
     whole = inner // lanes * lanes
     low, high, factors, deltas = splat(-soft), splat(soft), splat(factor), splat(delta)
@@ -101,7 +98,7 @@ def _write(p, v, start, inner, factor, soft, delta, lanes):
         p[k] = delta * (_soft(v[k], soft) * factor)
 
 
-@_inner
+@inlined
 def _differs(p, v, start, inner, factor, soft, delta, lanes):
     whole = inner // lanes * lanes
     low, high, factors, deltas = splat(-soft), splat(soft), splat(factor), splat(delta)

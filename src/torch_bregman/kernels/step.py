@@ -52,10 +52,10 @@ LOW0, HIGH0, DELTA0, LOW, HIGH, DELTA, LR, BETA1, BETA2, EPS, ROOT, PACE, DECAY,
 COUNTER, CHUNK, COUNT, TENSORS, PHASE, JOBS, NUMBERS, STARTS = range(8)
 
 _options = {"error_model": "numpy"}
-_inner = numba.njit(forceinline=True, **_options)
+inlined = numba.njit(forceinline=True, **_options)
 
 
-@_inner
+@inlined
 def _moved(rule, x, g, m, s, i, a, b, b2, w2, eps, root, pace):
     """The new v (or θ) of one line, and the moments along with it; operations and order are torch's, bar the root."""
     if rule == PLAIN:
@@ -82,7 +82,7 @@ def _moved(rule, x, g, m, s, i, a, b, b2, w2, eps, root, pace):
     return x
 
 
-@_inner
+@inlined
 def _shrunk(x, low, high, one_sided, lowest, infinite):
     """x − clamp(x, low, high); with low = −∞ an infinite x becomes zero, and not ∞ − ∞."""
     if one_sided:
@@ -90,7 +90,7 @@ def _shrunk(x, low, high, one_sided, lowest, infinite):
     return x - clamp(x, low, high)
 
 
-@_inner
+@inlined
 def _followed(x, theta, expected, low, high, delta0, delta, inside, zero):
     """v ← θ/δ + p, p ∈ ∂J(θ); where θ is zero v keeps what it remembers, a hair inside the threshold."""
     memory = clamp(x - expected / delta0, low, high)
@@ -98,7 +98,7 @@ def _followed(x, theta, expected, low, high, delta0, delta, inside, zero):
     return select(theta != zero, theta / delta + end, inside * memory)
 
 
-@_inner
+@inlined
 def _lines(rule, mode, count, p, g, v, m, s, live, c, look, spare, flags):
     """`count` lines of one tensor; returns 1 if a weight was found that the last step did not write.
 
@@ -160,7 +160,7 @@ def _lines(rule, mode, count, p, g, v, m, s, live, c, look, spare, flags):
     return edited
 
 
-@_inner
+@inlined
 def _padded(into, n, array, there):
     """The first line of `into` with the n entries of `array` if it is there, and zeros."""
     into[:] = 0
@@ -168,7 +168,7 @@ def _padded(into, n, array, there):
         into[:n] = array
 
 
-@_inner
+@inlined
 def _unpadded(array, n, source, there):
     if there:
         array[:] = source[:n]

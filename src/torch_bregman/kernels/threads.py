@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 
-def run(loop: Any, data: int, threads: int) -> None:
-    """loop(data) on `threads` threads; returns when all are through."""
+def run(loop: Any, data: int, *, alone: bool) -> None:
+    """loop(data) on as many threads as torch uses, or on this one alone; returns when all are through."""
+    threads = 1 if alone else torch.get_num_threads()
     if threads <= 1:
         loop.ctypes(data)
         return

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-LINE_BYTES = 64
+from . import LINE_BYTES
 
 
 class _Vector(types.Type):
@@ -48,18 +48,21 @@ class _MaskModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(ir.IntType(1), kind.lanes))
 
 
-def _call(builder, name, result, args):
+def _call(builder, name, result, args, **options):
     kind = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args, **options)
+
+
+def _suffix(kind):
+    """How LLVM names the variant of an intrinsic for this vector type."""
+    return f"v{kind.count}{'f32' if isinstance(kind.element, ir.FloatType) else 'f64'}"
 
 
 def _of_vector(name):
     """The LLVM intrinsic `name` applied to vectors of one type."""
 
     def codegen(context, builder, signature, args):
-        kind = args[0].type
-        suffix = f"v{kind.count}{'f32' if isinstance(kind.element, ir.FloatType) else 'f64'}"
-        return _call(builder, f"llvm.{name}.{suffix}", kind, args)
+        return _call(builder, f"llvm.{name}.{_suffix(args[0].type)}", args[0].type, args)
 
     return codegen
 
@@ -168,6 +171,13 @@ def _there_or_spare(context, builder, signature, args):
     return builder.inttoptr(place, _llvm(signature.args[0].dtype).as_pointer())
 
 
+def _prefetch(context, builder, place):
+    write, keep, data = (ir.Constant(ir.IntType(32), n) for n in (1, 3, 1))
+    place = builder.bitcast(place, cgutils.voidptr_t)
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, write, keep, data])
+    return context.get_dummy_value()
+
+
 def _align(signature):
     return signature.args[0].dtype.bitwidth // 8
 
@@ -223,10 +233,7 @@ def prefetch_if(context, array, index, flag, spare):
     """Ask for the line of array[index] where `flag` is −1."""
 
     def codegen(context, builder, signature, args):
-        place = builder.bitcast(_there_or_spare(context, builder, signature, args), cgutils.voidptr_t)
-        write, keep, data = (ir.Constant(ir.IntType(32), n) for n in (1, 3, 1))
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, write, keep, data])
-        return context.get_dummy_value()
+        return _prefetch(context, builder, _there_or_spare(context, builder, signature, args))
 
     return types.void(array, index, flag, spare), codegen
 
@@ -280,10 +287,7 @@ def prefetch(context, array, index):
     """Ask for the line of array[index]; beyond the end is no harm."""
 
     def codegen(context, builder, signature, args):
-        place = builder.bitcast(_at(context, builder, signature, args), cgutils.voidptr_t)
-        write, keep, data = (ir.Constant(ir.IntType(32), n) for n in (1, 3, 1))
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, write, keep, data])
-        return context.get_dummy_value()
+        return _prefetch(context, builder, _at(context, builder, signature, args))
 
     return types.void(array, index), codegen
 
@@ -305,10 +309,8 @@ def total(context, a):
 
     def codegen(context, builder, signature, args):
         kind = args[0].type
-        suffix = f"v{kind.count}{'f32' if isinstance(kind.element, ir.FloatType) else 'f64'}"
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(kind.element, [kind.element, kind]), f"llvm.vector.reduce.fadd.{suffix}"
-        )
-        return builder.call(function, [ir.Constant(kind.element, -0.0), args[0]], fastmath=("reassoc",))
+        start = ir.Constant(kind.element, -0.0)
+        name = f"llvm.vector.reduce.fadd.{_suffix(kind)}"
+        return _call(builder, name, kind.element, [start, args[0]], fastmath=("reassoc",))
 
     return a.scalar(a), codegen

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from .base import BregmanOptimizer, check_number
-from .compiled import Numbers
+from .compiled import Numbers, count_up
 from .fused import Plan
 from .linbreg import as_float
 
@@ -95,10 +95,3 @@ class AdaBreg(BregmanOptimizer):
         root, pace = zip(*[corrections[k] for k in steps], strict=True)
         plan.set(ROOT=root, PACE=pace)
         return "ADAM"
-
-
-def count_up(states: list[dict[str, Any]]) -> list[float]:
-    """k ← k + 1 for every tensor. It lives on the CPU, so that nothing waits for the device."""
-    for state in states:
-        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu() + 1
-    return [state["step"].item() for state in states]

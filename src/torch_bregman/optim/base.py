@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .. import kernels
 from ..regularizers import Grouped, Regularizer, broadcasts
 from . import compiled, fused
+from .compiled import dual_dtype
 
 _NO_PENALTY = "none"
 
@@ -294,7 +295,7 @@ class BregmanOptimizer(Optimizer):
         return grad
 
     def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        grad = self._check_gradient(p).to(_dual_dtype(p))
+        grad = self._check_gradient(p).to(dual_dtype(p))
         if group["maximize"]:
             grad = -grad
         if group["weight_decay"] != 0:
@@ -312,13 +313,13 @@ class BregmanOptimizer(Optimizer):
                     raise RuntimeError(f"{type(self).__name__} does not support complex parameters.")
                 if self.state[p]:
                     raise ValueError("The loaded `state_dict` has no `dual`: it was not saved by a Bregman optimizer.")
-                weight = p.detach().to(_dual_dtype(p))
+                weight = p.detach().to(dual_dtype(p))
                 dual = weight / group["delta"]
                 if reg is not None:
                     dual = dual + group["lam"] * reg.subgradient(weight)
                     if p.numel() and not p.is_meta:
                         fresh.append((tuple(p.shape), reg.alive(weight)))
-                self.state[p]["dual"] = torch.empty_like(p, dtype=_dual_dtype(p)).copy_(dual)
+                self.state[p]["dual"] = torch.empty_like(p, dtype=dual_dtype(p)).copy_(dual)
                 self._remember(self.state[p], group)
                 if reg is not None and reg.costly and not p.is_meta:
                     self.state[p].update(written=checksum(p), waiting=0)
@@ -440,10 +441,6 @@ def count_nonzero(tensors: list[Tensor]) -> list[int]:
 
 def _name(regularizer: Regularizer | None) -> str:
     return _NO_PENALTY if regularizer is None else repr(regularizer)
-
-
-def _dual_dtype(p: Tensor) -> torch.dtype:
-    return p.dtype if p.dtype == torch.float64 else torch.float32
 
 
 def _warn_if_dense(fresh: list[tuple[tuple[int, ...], Tensor]]) -> None:

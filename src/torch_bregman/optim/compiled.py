@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fused import without_gaps
+
 NAMES = [
     "LOW0",
     "HIGH0",
@@ -35,9 +37,7 @@ LOW0, HIGH0, DELTA0, LOW, HIGH, DELTA, LR, BETA1, BETA2, EPS, ROOT, PACE, DECAY,
 
 def supports(p: Tensor) -> bool:
     """Whether one pass can work on `p`: floating point on a GPU, without gaps."""
-    if p.device.type != "cuda" or not p.is_floating_point() or type(p.detach()) is not Tensor:
-        return False
-    return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
+    return p.device.type == "cuda" and p.is_floating_point() and without_gaps(p)
 
 
 def flat(t: Tensor) -> Tensor:
@@ -110,15 +110,13 @@ class Numbers:
     def buffer(self, name: str) -> list[Tensor]:
         for p, state in zip(self.params, self.states, strict=True):
             if name not in state:
-                state[name] = torch.zeros_like(p, dtype=_dual_dtype(p))
+                state[name] = torch.zeros_like(p, dtype=dual_dtype(p))
             elif state[name].stride() != p.stride():
                 state[name] = torch.empty_like(p, dtype=state[name].dtype).copy_(state[name])
         return [state[name] for state in self.states]
 
     def count_up(self) -> list[float]:
-        for state in self.states:
-            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu() + 1
-        return [float(state["step"]) for state in self.states]
+        return count_up(self.states)
 
     def run(self, rule: str, primal: bool, grads: list[Tensor]) -> None:
         n = len(self.params)
@@ -126,7 +124,7 @@ class Numbers:
         # One copy to the device for all numbers of the step.
         table = torch.from_numpy(np.stack(rows, 1)).to(self.params[0].device, non_blocking=True)
         for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
-            v = torch.empty(1, dtype=_dual_dtype(p), device=p.device) if primal else self.pointed["V"][i]
+            v = torch.empty(1, dtype=dual_dtype(p), device=p.device) if primal else self.pointed["V"][i]
             m = self.pointed["FIRST"][i] if "FIRST" in self.pointed else v
             s = self.pointed["SECOND"][i] if "SECOND" in self.pointed else v
             if g.stride() != p.stride():
@@ -134,5 +132,13 @@ class Numbers:
             compiled(rule, primal)(flat(p), flat(g), flat(v), flat(m), flat(s), table[i].to(v.dtype))
 
 
-def _dual_dtype(p: Tensor) -> torch.dtype:
+def count_up(states: list[dict[str, Any]]) -> list[float]:
+    """k ← k + 1 for every tensor. It lives on the CPU, so that nothing waits for the device."""
+    for state in states:
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu() + 1
+    return [state["step"].item() for state in states]
+
+
+def dual_dtype(p: Tensor) -> torch.dtype:
+    """The precision of v and of all that moves it: float32 or better."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import threads
+from ..kernels import DTYPES, LINE_BYTES, threads
 from ..regularizers import L1, GroupL1, Regularizer, SparseGroupL1
 
 if TYPE_CHECKING:
     from .base import BregmanOptimizer
 
-DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 SMALL = 1 << 18  # entries up to which all of θ is compared in every step, not only the lines with a live weight
-LINE_BYTES = 64
 ALONE = 1 << 15  # entries up to which waking a second thread costs more than it brings
 #: Entries updated by the readable step after which compiling (a few seconds, at two nanoseconds each) has paid off.
 EARNED = 1_000_000_000
@@ -29,7 +27,12 @@ EARNED = 1_000_000_000
 
 def supports(p: Tensor) -> bool:
     """Whether the kernel can work on `p`: float32 or float64 in the memory of this machine, without gaps."""
-    if p.device.type != "cpu" or p.dtype not in DTYPES or type(p.detach()) is not Tensor:
+    return p.device.type == "cpu" and p.dtype in DTYPES and without_gaps(p)
+
+
+def without_gaps(p: Tensor) -> bool:
+    """Whether `p` is an ordinary tensor whose entries follow each other in memory, in one order or the other."""
+    if type(p.detach()) is not Tensor:
         return False
     return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
@@ -150,7 +153,7 @@ class Plan:
         self.head[step.COUNTER] = 0
         self.head[step.PHASE] += 1
         loop = step.step(DTYPES[self.dtype], getattr(step, rule), getattr(step, mode))
-        threads.run(loop, self.at, torch.get_num_threads() if self.total > ALONE else 1)
+        threads.run(loop, self.at, alone=self.total <= ALONE)
         if mode != "DUAL":
             torch.autograd.graph.increment_version(self.params)
             self.versions = [version + 1 for version in versions]
@@ -221,7 +224,7 @@ class GroupPlan:
         head, kernel = self.head, self.kernel
         self.numbers[:] = lam * self.l1_ratio, lam * (1 - self.l1_ratio) * self.scale, delta
         head[kernel.COUNTER], head[kernel.V], head[kernel.THETA] = 0, dual.data_ptr(), self.p.data_ptr()
-        threads.run(loop(self.name), head.ctypes.data, torch.get_num_threads() if self.p.numel() > 8 * ALONE else 1)
+        threads.run(loop(self.name), head.ctypes.data, alone=self.p.numel() <= 8 * ALONE)
 
     def edited(self, dual: Tensor, lam: float, delta: float) -> bool:
         """Whether θ is not what the last write left."""
@@ -308,7 +311,7 @@ def near_one(optimizer: BregmanOptimizer, duals: dict[int, list[Tensor]], kept: 
             [0, starts[-1], len(rows), *(x.ctypes.data for x in (jobs, starts, near)), near.size]
             + [x.ctypes.data for x in (found, above)]
         )
-        threads.run(loop, head.ctypes.data, torch.get_num_threads() if sizes.sum() > 32 * ALONE else 1)
+        threads.run(loop, head.ctypes.data, alone=bool(sizes.sum() <= 32 * ALONE))
         larger, n = int(above.sum()), int(found[0])
         if n <= near.size and larger < kept < larger + n:
             return torch.from_numpy(np.concatenate([[larger], near[:n]]))

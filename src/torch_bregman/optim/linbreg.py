@@ -93,13 +93,18 @@ class LinBreg(BregmanOptimizer):
             torch._foreach_add_(duals, sgd_direction(grads, states, group), alpha=-lr)
 
     def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
-        plan.set(LR=as_float(group["lr"]), BETA1=group["momentum"])
-        if group["momentum"] == 0:
-            return "PLAIN"
-        plan.point("FIRST", plan.buffer("momentum"))
-        if group["momentum_rule"] == "paper":
-            return "PAPER"
-        return "NESTEROV" if group["nesterov"] else "SGD"
+        return arm(plan, group)
+
+
+def arm(plan: Plan | Numbers, group: dict[str, Any]) -> str:
+    """Numbers, buffer and name of the momentum rule, for the fused step."""
+    plan.set(LR=as_float(group["lr"]), BETA1=group["momentum"])
+    if group["momentum"] == 0:
+        return "PLAIN"
+    plan.point("FIRST", plan.buffer("momentum"))
+    if group.get("momentum_rule", "sgd") == "paper":
+        return "PAPER"
+    return "NESTEROV" if group["nesterov"] else "SGD"
 
 
 def sgd_direction(grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:

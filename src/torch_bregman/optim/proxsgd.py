@@ -10,7 +10,7 @@ from ..regularizers import Regularizer
 from .base import BregmanOptimizer
 from .compiled import Numbers
 from .fused import Plan, intervals
-from .linbreg import as_float, check_momentum, sgd_direction
+from .linbreg import arm, as_float, check_momentum, sgd_direction
 
 
 class ProxSGD(BregmanOptimizer):
@@ -64,11 +64,7 @@ class ProxSGD(BregmanOptimizer):
             p.copy_(weight if reg is None else reg.prox(weight, lr * group["lam"]))
 
     def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
-        plan.set(LR=as_float(group["lr"]), BETA1=group["momentum"])
-        if group["momentum"] == 0:
-            return "PLAIN"
-        plan.point("FIRST", plan.buffer("momentum"))
-        return "NESTEROV" if group["nesterov"] else "SGD"
+        return arm(plan, group)
 
     def _fused(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
         # A prox that needs more than one entry at a time takes the plain step.

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import threads
+from ..kernels import DTYPES, threads
 
-DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 ALONE = 1 << 15  # multiplications up to which a second thread does not pay
 
 
@@ -76,7 +75,7 @@ def _run(loop: Any, lists: tuple[Tensor, Tensor, Tensor], values: Tensor, x: Ten
     chunk = max(1, min(64, rows // 16))
     addresses = [0 if t is None else t.data_ptr() for t in (start, columns, order, values, x, y, bias)]
     head = np.array([0, rows, chunk, x.shape[1], *addresses], np.int64)
-    threads.run(loop, head.ctypes.data, torch.get_num_threads() if work > ALONE else 1)
+    threads.run(loop, head.ctypes.data, alone=work <= ALONE)
 
 
 def _batch_last(x: Tensor) -> Tensor:
