@@ -74,15 +74,15 @@ def test_restrict_and_prolong_are_inverse_on_the_support_and_leave_the_rest_alon
     pattern = Pattern(weight)
     assert pattern.density == pytest.approx(int((weight != 0).sum()) / 600)
     before, held = dual.clone(), pattern.restrict(dual)
-    pattern.prolong(held + 1, dual, zeros=False)
+    pattern.prolong(held + 1, dual)
     assert torch.equal(dual, torch.where(weight != 0, before + 1, before))
     target = torch.randn(30, 20, dtype=torch.float64)
     storage = target.data_ptr()
-    pattern.prolong(pattern.restrict(weight), target)
+    pattern.prolong(pattern.restrict(weight), target, zeros=True)
     assert torch.equal(target, weight)
     assert target.data_ptr() == storage
     across = torch.randn(20, 30, dtype=torch.float64).t()
-    pattern.prolong(pattern.restrict(weight), across)
+    pattern.prolong(pattern.restrict(weight), across, zeros=True)
     assert torch.equal(across, weight)
     assert torch.equal(pattern.restrict(across), pattern.restrict(weight))
 

@@ -4,6 +4,7 @@ from .control import TargetDensity
 from .density import density, sparsity_report
 from .init import sparse_init_
 from .layers import param_groups
+from .multilevel import Multilevel
 from .optim import AdaBreg, LinBreg, ProxSGD
 from .regularizers import L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
 from .theory import bregman_distance, step_size_bound, symmetric_bregman_distance
@@ -15,6 +16,7 @@ __all__ = [
     "AdaBreg",
     "GroupL1",
     "LinBreg",
+    "Multilevel",
     "NonNegativeL1",
     "NuclearNorm",
     "ProxSGD",

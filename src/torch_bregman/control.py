@@ -200,7 +200,8 @@ class TargetDensity:
         # Short runs need λ moved more often: at least a hundred times.
         self.every = every or (min(50, max(1, (total_steps or 5000) // 100)) if mode == "feedback" else 1)
         self.damping, self.ramp, self.settle = damping, ramp, settle
-        self.steps = 0
+        self.steps, self._due = 0, False
+        optimizer.controls.append(self)
         self._scopes = [self._make(*scope, gain=gain) for scope in self._split(density, model)]
         for scope in self._scopes:
             scope.start = scope.density(optimizer)
@@ -248,10 +249,26 @@ class TargetDensity:
     def step(self) -> None:
         """Count a step, and move λ if it is time to. Call it after every `optimizer.step()`."""
         self.steps += 1
-        for scope in self._scopes:
-            self._step(scope)
+        levels = self.optimizer.levels
+        if levels is not None and levels.restricted:
+            # λ decides about all weights, and here only the live ones are at hand: it waits for the end of the phase.
+            if self.total_steps is None or self.steps < self.total_steps:
+                self._due = True
+                return
+            levels.leave()
+        self._act(now=self._due)
 
-    def _step(self, scope: Scope) -> None:
+    def catch_up(self) -> None:
+        """Move λ if it should have been moved while only a part of the weights was there (see `Multilevel`)."""
+        if self._due:
+            self._act(now=True)
+
+    def _act(self, *, now: bool) -> None:
+        self._due = False
+        for scope in self._scopes:
+            self._step(scope, now=now)
+
+    def _step(self, scope: Scope, *, now: bool) -> None:
         target = scope.target
         if self.steps < self.ramp:
             target += (scope.start - target) * (1 - self.steps / self.ramp) ** 3
@@ -261,16 +278,18 @@ class TargetDensity:
         ):
             scope.land(self.optimizer, target)
         elif self.mode == "exact":
-            if self.steps % self.every == 0:
+            if now or self.steps % self.every == 0:
                 scope.land(self.optimizer, target)
         elif total is not None and self.steps > (1 - self.settle) * total and self.optimizer.has_dual:
-            if self.steps % SETTLE_EVERY == 0:
+            if now or self.steps % SETTLE_EVERY == 0:
                 scope.land(self.optimizer, target)
-        elif self.steps % self.every == 0:
+        elif now or self.steps % self.every == 0:
             scope.follow(self.optimizer, target, self.damping)
 
     def land(self) -> None:
         """Make the density exact now, as the last step does where `total_steps` is known."""
+        if self.optimizer.levels is not None:
+            self.optimizer.levels.leave()
         for scope in self._scopes:
             scope.land(self.optimizer, scope.target)
 
@@ -281,7 +300,8 @@ class TargetDensity:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; λ itself is in the optimizer's state."""
-        return {"steps": self.steps, "scopes": [[s.start, s.searching, s.gain, s.side] for s in self._scopes]}
+        scopes = [[s.start, s.searching, s.gain, s.side] for s in self._scopes]
+        return {"steps": self.steps, "due": self._due, "scopes": scopes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict()` was taken. Raises ValueError where the targets are not as many."""
@@ -289,7 +309,7 @@ class TargetDensity:
             raise ValueError(
                 f"`state_dict` has {len(state_dict['scopes'])} targets; this controller has {len(self._scopes)}."
             )
-        self.steps = state_dict["steps"]
+        self.steps, self._due = state_dict["steps"], state_dict.get("due", False)
         for scope, values in zip(self._scopes, state_dict["scopes"], strict=True):
             scope.start, scope.searching, scope.gain, scope.side = values
 

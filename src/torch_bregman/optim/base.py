@@ -58,8 +58,9 @@ class BregmanOptimizer(Optimizer):
         check_regularizer(regularizer)
         self._default_regularizer = regularizer
         self.regularizers = []
-        self._plans: dict[int, Any] = {}  # what the fused step knows about each group
-        self._known: list[int] = []
+        self.levels: Any = None  # a tb.Multilevel, which exchanges weights by their live parts and back
+        self.controls: list[Any] = []  # what moves λ: tb.TargetDensity
+        self._forget()
         super().__init__(params, {"regularizer": _name(regularizer), **defaults, "entries_updated": 0})
 
     # ------------------------------------------------------------------ groups and their options
@@ -106,6 +107,8 @@ class BregmanOptimizer(Optimizer):
         self.regularizers.append(given)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.levels is not None:
+            self.levels.leave()
         return {
             **super().__getstate__(),
             "regularizers": self.regularizers,
@@ -114,11 +117,18 @@ class BregmanOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._known = {}, []
+        for name, value in (("levels", None), ("controls", [])):
+            self.__dict__.setdefault(name, value)  # a copy has none
+        self._forget()
         self.defaults.pop("differentiable", None)  # torch puts it there; no option of ours
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+
+    def _forget(self) -> None:
+        """Parameters or their state may have been exchanged."""
+        self._plans: dict[int, Any] = {}  # what the fused step knows about each group
+        self._known: list[int] = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`. The state keeps the precision it was saved with.

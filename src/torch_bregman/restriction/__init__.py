@@ -1,5 +1,6 @@
-"""The live part of a network: its pattern, and products that touch nothing else."""
+"""The live part of a network: its support, the way there and back, and products that touch nothing else."""
 
 from .csr import Pattern, sparse_linear
+from .support import Support, elementwise, restricted_regularizer, separable, support
 
-__all__ = ["Pattern", "sparse_linear"]
+__all__ = ["Pattern", "Support", "elementwise", "restricted_regularizer", "separable", "sparse_linear", "support"]

@@ -10,55 +10,32 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import DTYPES, threads
+from .support import Support
 
 ALONE = 1 << 15  # multiplications up to which a second thread does not pay
 
 
-class Pattern:
-    """Where a matrix W [out, in] is not zero: S = {(i, j) : W_ij ≠ 0}, row by row, and the same for Wᵀ.
-
-    `restrict(W)` takes the live entries as one vector, `prolong(values, W)` writes them back in place, zeros elsewhere.
+class Pattern(Support):
+    """Where a matrix W [out, in] is not zero, entry by entry, as compressed rows of W and of Wᵀ.
 
     Raises:
         ValueError: `weight` is not a matrix, or has 2³¹ live entries or more.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, index: Tensor | None = None) -> None:
         if weight.dim() != 2:
             raise ValueError(f"`weight` has shape {tuple(weight.shape)}; expected a matrix [out, in].")
+        super().__init__(weight, (), index)
+        if len(self) >= 1 << 31:
+            raise ValueError(f"`weight` has {len(self):,} live entries; expected fewer than 2^31.")
         self.shape = tuple(weight.shape)
-        at = (weight.detach() != 0).nonzero()
-        if len(at) >= 1 << 31:
-            raise ValueError(f"`weight` has {len(at):,} live entries; expected fewer than 2^31.")
-        rows, columns = at.unbind(1)
-        self.index = rows * self.shape[1] + columns
+        rows = self.index.div(self.shape[1], rounding_mode="floor")
+        columns = self.index - rows * self.shape[1]
         backwards = torch.argsort(columns, stable=True)
-        identity = torch.arange(len(at), dtype=torch.int32)
+        identity = torch.arange(len(self), dtype=torch.int32)
         # (start of every row, column of every entry, where its value is), of W and of Wᵀ
         self.forward = _starts(rows, self.shape[0]), columns.int(), identity
         self.backward = _starts(columns[backwards], self.shape[1]), rows[backwards].int(), backwards.int()
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def density(self) -> float:
-        """Live entries over all entries."""
-        return len(self) / max(self.shape[0] * self.shape[1], 1)
-
-    def restrict(self, full: Tensor) -> Tensor:
-        """The live entries of `full` (a weight, a dual, a moment), in the order of the pattern."""
-        return full.detach().reshape(-1)[self.index]
-
-    @torch.no_grad()
-    def prolong(self, values: Tensor, full: Tensor, *, zeros: bool = True) -> None:
-        """Write `values` to the live entries of `full`, in place; the others become zero, or stay: `zeros=False`."""
-        if zeros:
-            full.zero_()
-        if full.is_contiguous():
-            full.view(-1)[self.index] = values.to(full.dtype)
-        else:
-            full[self.index // self.shape[1], self.index % self.shape[1]] = values.to(full.dtype)
 
 
 def _starts(rows: Tensor, n: int) -> Tensor:
@@ -85,7 +62,9 @@ def _batch_last(x: Tensor) -> Tensor:
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, whole: Tensor | None
+    ) -> Tensor:
         from ..kernels import csr
 
         xt = _batch_last(x)
@@ -93,11 +72,11 @@ class _SparseLinear(torch.autograd.Function):
         values = values.contiguous()
         _run(csr.product(DTYPES[x.dtype]), pattern.forward, values, xt, y, None if bias is None else bias.contiguous())
         ctx.save_for_backward(xt, values)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.whole = pattern, whole
         return y.t()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         from ..kernels import csr
 
         (grad,) = grads
@@ -114,10 +93,14 @@ class _SparseLinear(torch.autograd.Function):
             _run(csr.sampled(name), pattern.forward, to_values, xt, gt, None)
         if ctx.needs_input_grad[2]:
             to_bias = gt.sum(1)
-        return to_x, to_values, to_bias, None
+        if ctx.whole is not None:
+            ctx.whole.addmm_(gt, xt.t())
+        return to_x, to_values, to_bias, None, None
 
 
-def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+def sparse_linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, *, whole: Tensor | None = None
+) -> Tensor:
     """y = x Wᵀ + b [batch, out], where W [out, in] has `values` on `pattern` and zeros elsewhere.
 
     Forward, the gradient to x and the gradient to `values` each cost 2·batch·len(pattern) operations; nothing of the
@@ -127,6 +110,7 @@ def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Patte
         x: [batch, in], float32 or float64, in the memory of this machine.
         values: the live weights, in the order of `pattern.restrict`.
         bias: [out] or None.
+        whole: [out, in], to which backward adds the gradient of all of W, by a dense product.
 
     Raises:
         ImportError: without Numba (extra `fast`).
@@ -140,11 +124,11 @@ def sparse_linear(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Patte
         raise ValueError(f"`values` has shape {tuple(values.shape)}; expected ({len(pattern)},).")
     if bias is not None and tuple(bias.shape) != (out,):
         raise ValueError(f"`bias` has shape {tuple(bias.shape)}; expected ({out},).")
-    for name, tensor in (("x", x), ("values", values), ("bias", bias)):
+    for name, tensor in (("x", x), ("values", values), ("bias", bias), ("whole", whole)):
         if tensor is not None and (
             tensor.dtype not in DTYPES or tensor.dtype != x.dtype or tensor.device.type != "cpu"
         ):
             raise ValueError(
                 f"`{name}` is {tensor.dtype} on {tensor.device}; expected float32 or float64, all alike, on a CPU."
             )
-    return _SparseLinear.apply(x, values, bias, pattern)  # type: ignore[no-untyped-call]
+    return _SparseLinear.apply(x, values, bias, pattern, whole)  # type: ignore[no-untyped-call]

@@ -1,0 +1,377 @@
+"""Multilevel training: most steps see the live weights only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .optim import BregmanOptimizer
+from .optim.base import check_number
+from .regularizers import Grouped, Regularizer
+from .restriction import elementwise, restricted_regularizer, separable, support
+from .restriction.choice import Choice, Timings
+from .restriction.layers import Layer, Live, Seen, form_of
+
+LOOK_EVERY = 100  # steps between looks whether restricting has become faster
+WHOLE = ("step", "lam", "delta", "written", "waiting")  # what of the optimizer's state is not shaped like the weight
+GAIN = 0.9  # by default a network is restricted if that takes less than this share of its layers' dense time
+
+
+@dataclass
+class Part:
+    """A weight of the optimizer while it is restricted.
+
+    Attributes:
+        group, place: where it stands in the optimizer's `param_groups`.
+        regularizer: of the full space.
+        held: the state of the full space, in which only the entries off the support are up to date.
+        small: the state of the live part.
+    """
+
+    group: int
+    place: int
+    live: Live
+    regularizer: Regularizer
+    held: dict[str, Any]
+    small: dict[str, Any]
+
+
+class Multilevel:
+    r"""Alternates fine steps, which see the gradient of every weight, and coarse ones on the support alone [ML].
+
+    .. code-block:: python
+
+        levels = tb.Multilevel(model, optimizer)
+        ...
+        optimizer.step()
+        levels.step()
+
+    .. code-block:: text
+
+        fine steps    the optimizer as it is: v ← v − τ g, θ ← prox_{δJ}(δv)
+        then          S = {θ ≠ 0}, a union of groups; R takes the entries on S
+        coarse steps  R θ, R v and R m move as the optimizer moves them, with the gradient R ∇L; off S nothing changes
+
+    coarse_steps=99, fine_steps=1, boost=1.0 is the published algorithm; coarse_steps=0 is the optimizer alone.
+
+    In a coarse phase the parameters of the optimizer are the live parts, so that its state, its time and the gradients
+    shrink with the density, and a layer that is faster so computes with them alone. The weights of the model hold the
+    live values and zeros at all times, and `state_dict()` of model and optimizer are those of the full network.
+    Gradients of restricted weights are found at the parameters of the optimizer: clip those, not `model.parameters()`.
+    λ waits for the next fine step, also that of `TargetDensity`.
+
+    Args:
+        model: the network.
+        optimizer: LinBreg or AdaBreg on its parameters. Weights with `L1`, `NonNegativeL1` or named groups are
+            restricted; those with a tensor for λ, with another regulariser or with none are trained as ever.
+        coarse_steps, fine_steps: lengths of the phases. With `coarse_steps=None` the network is only restricted where
+            that was measured to be faster, and the phases grow as the support settles (`cycle`).
+        boost: factor on the steps of v off the support, in the fine steps. None is 1.
+
+    Raises:
+        ValueError: an option out of range, an optimizer without a dual, or one that has a `Multilevel` already.
+
+    [ML] Lunk, Scott, Bungert, Sparse Training of Neural Networks based on Multilevel Mirror Descent, arXiv 2602.03535.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: BregmanOptimizer,
+        coarse_steps: int | None = None,
+        fine_steps: int | None = None,
+        boost: float | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"Invalid `model`: {type(model).__name__}; expected a torch.nn.Module.")
+        if not isinstance(optimizer, BregmanOptimizer) or not optimizer.has_dual:
+            raise ValueError(f"Invalid `optimizer`: {type(optimizer).__name__}; expected LinBreg or AdaBreg.")
+        if optimizer.levels is not None:
+            raise ValueError("`optimizer` belongs to another Multilevel already.")
+        for name, value, low in (("coarse_steps", coarse_steps, 0), ("fine_steps", fine_steps, 1)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ValueError(f"Invalid `{name}`: {value!r}; expected a whole number of at least {low}, or None.")
+        if boost is not None:
+            check_number("boost", boost, strict=True)
+        self.model, self.optimizer = model, optimizer
+        self.coarse_steps, self.fine_steps = coarse_steps, 1 if fine_steps is None else fine_steps
+        self.boost = 1.0 if boost is None else float(boost)
+        self.left = self.fine_steps  # steps until the phase changes
+        #: steps so far: "fine" and "coarse"
+        self.counts: Counter[str] = Counter(fine=0, coarse=0)
+        #: how each layer computes in the coarse phase, and the timings behind it
+        self.choices: dict[str, Choice] = {}
+        self.timings = Timings()
+        self._parts: list[Part] = []
+        self._last: list[dict[str, Any]] = []  # the parts of the phase that has just ended, while the layers use them
+        self._layers: list[Layer] = []
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []
+        if coarse_steps != 0:
+            self._attach()
+
+    # ------------------------------------------------------------------ what a loop calls
+
+    @property
+    def restricted(self) -> bool:
+        """Whether the optimizer holds the live parts: the coarse phase."""
+        return bool(self._parts)
+
+    def step(self) -> None:
+        """Count a step, and go on to the next phase if it is time to. Call it after every `optimizer.step()`."""
+        self.counts["coarse" if self.restricted else "fine"] += 1
+        if self.coarse_steps == 0:
+            return
+        self.left -= 1
+        if self.left > 0:
+            return
+        if self.restricted:
+            self.leave(at_once=False)
+            self.left = self.fine_steps
+            return
+        for control in self.optimizer.controls:
+            control.catch_up()
+        if self._restrict():
+            self.left = cycle(self.counts.total()) - 1 if self.coarse_steps is None else self.coarse_steps
+        else:  # it would not be faster: go on as ever, and look again
+            self.left = LOOK_EVERY
+
+    @torch.no_grad()
+    def leave(self, *, at_once: bool = True) -> None:
+        """End the coarse phase: the optimizer holds the weights themselves, with the state of the full space.
+
+        With `at_once=False` the layers go on computing with the live weights until the next step is done, as long as
+        their weights are not touched; the gradient is that of all weights.
+        """
+        if at_once or self._parts:
+            self._last = [] if at_once else [self._describe(part) for part in self._parts]
+            for part in self._parts:
+                part.live.finish()
+                self._show(part, full=True)
+            if at_once:
+                for layer in self._layers:
+                    layer.live = None
+            self._parts = []
+            self.optimizer._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the cycle, the support of a coarse phase, and what was measured."""
+        return {
+            "left": self.left,
+            "counts": dict(self.counts),
+            "restricted": self.restricted,
+            "parts": [self._describe(part) for part in self._parts] or list(self._last),
+            "seen": {layer.name: layer.seen for layer in self._layers if layer.seen is not None},
+            "seconds": dict(self.timings.seconds),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict()` was taken. Load the model and the optimizer before.
+
+        Raises ValueError where the optimizer's weights are others.
+        """
+        self.leave()
+        self.left, self.counts = state_dict["left"], Counter(state_dict["counts"])
+        self.timings.seconds = dict(state_dict["seconds"])
+        for layer in self._layers:
+            seen = state_dict["seen"].get(layer.name)
+            layer.seen = Seen(tuple(seen[0]), bool(seen[1])) if seen else None
+        for saved in state_dict["parts"]:
+            i, place = saved["group"], saved["place"]
+            try:
+                full = self.optimizer.param_groups[i]["params"][place]
+            except IndexError:
+                raise ValueError(f"`state_dict` has a weight {place} in group {i}; the optimizer has none.") from None
+            if list(full.shape) != saved["shape"]:
+                raise ValueError(f"`state_dict` has a weight of shape {saved['shape']}; here it is {list(full.shape)}.")
+            self._enter(i, place, saved["index"], [x for x in self._layers_of(full) if x.name in saved["sparse"]])
+        if not state_dict["restricted"]:
+            self.leave(at_once=False)
+
+    @property
+    def report(self) -> str:
+        """How each layer computes in the coarse phases, and the timings that decided it, as a table."""
+        rows = [["layer", "computes", "density", "dense ms", "sparse ms"]]
+        for name, choice in self.choices.items():
+            times = [f"{choice.dense * 1e3:.3f}", f"{choice.sparse * 1e3:.3f}"]
+            rows.append([name, choice.kind, f"{choice.density:.3%}", *times])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = zip(row, widths, strict=True)
+            lines.append("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(cells)))
+        return "\n".join(lines)
+
+    # ------------------------------------------------------------------ into the live part and back
+
+    def _attach(self) -> None:
+        """Watch the layers that have a sparse form, and the optimizer."""
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for name, module in self.model.named_modules():
+            form = form_of(module)
+            if form is not None and id(module.weight) in trained:
+                layer = Layer(name, module, form, self._on_edit)
+                layer.watch()
+                self._layers.append(layer)
+        optimizer = self.optimizer
+        optimizer.levels = self
+        optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        optimizer.register_state_dict_pre_hook(lambda _: self._show_all(full=True))
+        optimizer.register_state_dict_post_hook(lambda *_: self._show_all(full=False), prepend=True)
+        optimizer.register_load_state_dict_pre_hook(lambda *_: self.leave())
+
+    def _layers_of(self, weight: Tensor) -> list[Layer]:
+        return [layer for layer in self._layers if layer.module._parameters.get("weight") is weight]
+
+    def _candidates(self) -> list[tuple[int, int, nn.Parameter, Regularizer]]:
+        """(group, place, weight, regulariser) of what can be restricted."""
+        found = []
+        for i, (group, reg) in enumerate(zip(self.optimizer.param_groups, self.optimizer.regularizers, strict=True)):
+            single = all(not isinstance(group[name], Tensor) or group[name].numel() == 1 for name in ("lam", "delta"))
+            ready = [p for p in group["params"] if p.requires_grad and "dual" in self.optimizer.state.get(p, {})]
+            # In a group of weights all have one regulariser, and that of live groups is another one.
+            together = not isinstance(reg, Grouped) or len(ready) == len(group["params"])
+            if reg is not None and separable(reg) and single and together:
+                found += [(i, place, p, reg) for place, p in enumerate(group["params"]) if any(p is q for q in ready)]
+        return found
+
+    @torch.no_grad()
+    def _restrict(self) -> bool:
+        """Choose how each layer will compute, and go to the live parts; False, and nothing done, if none gains."""
+        candidates = self._candidates()
+        # λ may have been moved since the weights were written.
+        moved = {
+            i for i, _, p, _ in candidates if self.optimizer.state[p]["lam"] != self.optimizer.param_groups[i]["lam"]
+        }
+        chosen: dict[Layer, Choice] = {}
+        for _, _, p, reg in candidates:
+            for layer in self._layers_of(p):
+                if layer.seen is not None and elementwise(reg):
+                    with torch.enable_grad():
+                        chosen[layer] = self.timings.choose(layer.module, layer.form, p, layer.seen)
+        gain = sum(choice.seconds for choice in chosen.values()) < GAIN * sum(x.dense for x in chosen.values())
+        if not candidates or (self.coarse_steps is None and not gain):
+            self.choices = {layer.name: replace(choice, kind="dense") for layer, choice in chosen.items()}
+            return False
+        self.choices = {layer.name: choice for layer, choice in chosen.items()}
+        self.optimizer.refresh(moved)
+        for i, place, p, _ in candidates:
+            self._enter(i, place, None, [x for x in self._layers_of(p) if x in chosen and chosen[x].kind == "sparse"])
+        self.optimizer._forget()
+        return True
+
+    def _enter(self, group: int, place: int, index: Tensor | None, layers: list[Layer]) -> None:
+        """Put the live part of a weight in its place, with its state."""
+        optimizer = self.optimizer
+        known = [part.regularizer for part in self._parts if part.group == group]
+        reg = known[0] if known else optimizer.regularizers[group]
+        assert reg is not None
+        full = optimizer.param_groups[group]["params"][place]
+        where = layers[0].form.pattern(full, index) if layers else support(full, reg, index)
+        live, held = Live(full, where), optimizer.state[full]
+        small = {
+            name: where.restrict(value) if name not in WHOLE and isinstance(value, Tensor) else value
+            for name, value in held.items()
+        }
+        if full.grad is not None:  # of the last step; whoever does not reset gradients adds the next ones to it
+            live.values.grad, full.grad = where.restrict(full.grad), None
+        part = Part(group, place, live, reg, held, small)
+        self._parts.append(part)
+        self._show(part, full=False)
+        for layer in layers:
+            layer.live = live
+
+    def _show(self, part: Part, *, full: bool) -> None:
+        """Let the optimizer hold the weight itself, with its state brought up to date, or its live part."""
+        optimizer, live = self.optimizer, part.live
+        here, there = (live.full, live.values) if full else (live.values, live.full)
+        if full:
+            part.small = optimizer.state[live.values]
+            for name, value in part.small.items():
+                if name not in WHOLE and isinstance(value, Tensor):
+                    if name not in part.held:  # a buffer that the coarse steps began
+                        part.held[name] = torch.zeros_like(live.full, dtype=value.dtype)
+                    live.where.prolong(value, part.held[name])
+                else:
+                    part.held[name] = value
+        optimizer.state.pop(there, None)
+        optimizer.state[here] = part.held if full else part.small
+        optimizer.param_groups[part.group]["params"][part.place] = here
+        optimizer.regularizers[part.group] = part.regularizer if full else restricted_regularizer(part.regularizer)
+
+    @torch.no_grad()
+    def _show_all(self, *, full: bool) -> None:
+        for part in self._parts:
+            self._show(part, full=full)
+
+    def _describe(self, part: Part) -> dict[str, Any]:
+        live = part.live
+        return {
+            "group": part.group,
+            "place": part.place,
+            "shape": list(live.full.shape),
+            "index": live.where.index,
+            "sparse": [layer.name for layer in self._layers if layer.live is live],
+        }
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        self._on_edit()
+        self._before = []
+        if self.boost != 1 and not self.restricted:
+            for _, _, p, reg in self._candidates():
+                if p.grad is not None:
+                    dual = self.optimizer.state[p]["dual"]
+                    self._before.append((p, dual.clone(), reg.coupled(p != 0)))
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        """Write the live values to the weights of the model; after a fine step, boost v off the support."""
+        for part in self._parts:
+            part.live.write()
+        if self._last and not self._parts:
+            self._last = []
+            for layer in self._layers:
+                layer.live = None
+        for p, before, mask in self._before:
+            dual = self.optimizer.state[p]["dual"]
+            dual.copy_(torch.where(mask, dual, before + self.boost * (dual - before)))
+            i = next(i for i, group in enumerate(self.optimizer.param_groups) if any(p is q for q in group["params"]))
+            self.optimizer._write(
+                p, self.optimizer.state[p], self.optimizer.param_groups[i], self.optimizer.regularizers[i]
+            )
+        self._before = []
+
+    @torch.no_grad()
+    def _on_edit(self) -> None:
+        """Weights that were changed from outside: their live parts follow; if others have come alive, all is left."""
+        if not self._parts:
+            if any(layer.live is not None and layer.live.edited() for layer in self._layers):
+                self.leave()
+            return
+        edited = [part.live for part in self._parts if part.live.edited()]
+        for live in edited:
+            if torch.count_nonzero(live.full) != torch.count_nonzero(live.where.restrict(live.full)):
+                for part in self._parts:
+                    grad = part.live.values.grad
+                    if grad is not None:
+                        part.live.full.grad = torch.zeros_like(part.live.full)
+                        part.live.where.prolong(grad, part.live.full.grad)
+                self.leave()
+                self.left = 1
+                return
+        for live in edited:
+            live.read()
+
+
+def cycle(steps: int) -> int:
+    """The length of the cycle, one fine step and coarse ones, after so many steps.
+
+    One fine step in seven at first, while the support is found, and one in twenty when it has settled.
+    """
+    return min(20, max(7, steps // 150))

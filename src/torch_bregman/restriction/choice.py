@@ -1,0 +1,95 @@
+"""Dense or sparse, layer by layer: decided by timing both on this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Form, Seen
+from .support import Support
+
+MARGIN = 0.9  # the sparse form must take less than this share of the dense one's time
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer computes in a cycle, and the seconds of a forward and backward pass that decided about it."""
+
+    kind: str
+    density: float
+    dense: float
+    sparse: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the kind that was chosen."""
+        return self.sparse if self.kind == "sparse" else self.dense
+
+
+class Timings:
+    """Seconds of a training pass through one layer, dense and sparse, by shape and density; each is measured once.
+
+    Densities within a factor of √2 share a figure.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def choose(self, module: nn.Module, form: Form, weight: Tensor, seen: Seen) -> Choice:
+        """The faster way through `module` for such an input."""
+        density = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+        key = (
+            f"{type(module).__name__} {tuple(weight.shape)} {weight.dtype} {seen.shape} {seen.needs_grad} "
+            f"{torch.get_num_threads()} threads"
+        )
+        dense = self._time(f"{key} dense", lambda: _dense(module, form, weight, seen))
+        step = round(2 * math.log2(max(density, 2.0**-30)))
+        sparse = self._time(f"{key} {2 ** (step / 2):.2%}", lambda: _sparse(module, form, weight, seen))
+        return Choice("sparse" if sparse < MARGIN * dense else "dense", density, dense, sparse)
+
+    def _time(self, key: str, make: Callable[[], Callable[[], object]]) -> float:
+        if key not in self.seconds:
+            run, best = make(), math.inf
+            for i in range(ROUNDS + 1):
+                start = time.perf_counter()
+                run()
+                best = min(best, time.perf_counter() - start) if i else best  # the first call may compile
+            self.seconds[key] = best
+        return self.seconds[key]
+
+
+def _inputs(weight: Tensor, seen: Seen) -> Tensor:
+    x = torch.randn(seen.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+    return x.requires_grad_(seen.needs_grad)
+
+
+def _dense(module: nn.Module, form: Form, full: Tensor, seen: Seen) -> Callable[[], object]:
+    """A training pass with dense arithmetic, as far as the gradient of the live weights, and what follows a step."""
+    x, weight, where = _inputs(full, seen), full.detach().clone().requires_grad_(), Support(full)
+    asked = [weight, x] if seen.needs_grad else [weight]
+
+    def run() -> None:
+        y = form.dense(module, x, weight)
+        values = where.restrict(torch.autograd.grad(y.sum(), asked)[0])
+        where.prolong(values, weight.detach())
+
+    return run
+
+
+def _sparse(module: nn.Module, form: Form, full: Tensor, seen: Seen) -> Callable[[], object]:
+    """The same with the live weights alone."""
+    x, weight, where = _inputs(full, seen), full.detach().clone(), form.pattern(full, None)
+    values = where.restrict(full).requires_grad_()
+    asked = [values, x] if seen.needs_grad else [values]
+
+    def run() -> None:
+        y = form.sparse(module, x, values, where, None)
+        where.prolong(torch.autograd.grad(y.sum(), asked)[0], weight)
+
+    return run

@@ -1,0 +1,252 @@
+"""The smaller network that computes what a network with dead units computes, and the way back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+
+from .graph import Cut, Graph, still, untouched
+
+
+@dataclass(eq=False)
+class Slice:
+    """A parameter or buffer of the network, what became of it in the small network, and which part of it that is.
+
+    Attributes:
+        full: the original.
+        small: a copy of full[index] with a life of its own.
+        index: per dimension of `full` the kept indices, None for all.
+    """
+
+    full: Tensor
+    small: Tensor
+    index: tuple[Tensor | None, ...]
+
+    def restrict(self, full: Tensor) -> Tensor:
+        """The kept part of a weight, a dual, a moment: new, contiguous, of the shape of `small`."""
+        return _take(full.detach(), self.index)
+
+    @torch.no_grad()
+    def prolong(self, values: Tensor, full: Tensor, *, zeros: bool = False) -> None:
+        """Write `values` to the kept part of `full`, in place; the rest stays, or becomes zero: `zeros=True`."""
+        values = values.detach().to(full)
+        if zeros:
+            full.zero_()
+        kept = [
+            torch.arange(size, device=full.device) if at is None else at.to(full.device)
+            for size, at in zip(full.shape, self.index, strict=False)
+        ]
+        if not kept:
+            full.copy_(values)
+        else:  # every index in a dimension of its own: the block that they span
+            full[tuple(at.view(-1, *[1] * (len(kept) - 1 - i)) for i, at in enumerate(kept))] = values
+
+
+def _take(full: Tensor, index: tuple[Tensor | None, ...]) -> Tensor:
+    part = full
+    for dim, at in enumerate(index):
+        if at is not None:
+            part = part.index_select(dim, at.to(full.device))
+    return part.clone(memory_format=torch.contiguous_format) if part is full else part.contiguous()
+
+
+# ---- modules of the small network
+
+
+class _Rows:
+    """A layer whose weight holds the live rows alone; the other outputs have zero rows and keep their bias.
+
+    `where` says which outputs the rows belong to (None: all), `constant` is what the inputs that were left out
+    contribute: to every position alike, or per position.
+    """
+
+    def _rows(self: Any) -> Tensor:
+        if self.where is None:
+            return self.weight
+        return self.weight.new_zeros(self.outputs, *self.weight.shape[1:]).index_copy(0, self.where, self.weight)
+
+    def _shift(self: Any) -> Tensor | None:
+        if self.constant is None or self.constant.dim() > 1:
+            return self.bias
+        return self.constant if self.bias is None else self.bias + self.constant
+
+    def _finish(self: Any, y: Tensor) -> Tensor:
+        if self.constant is None or self.constant.dim() == 1:
+            return y
+        if y.shape[1:] != self.constant.shape:
+            raise ValueError(
+                f"A layer returns {tuple(y.shape[1:])} per sample, but its constant was computed for "
+                f"{tuple(self.constant.shape)}: the network was cut for inputs of another size."
+            )
+        return y + self.constant.to(y.dtype)
+
+
+class _Linear(_Rows, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._rows(), self._shift())
+
+
+class _Convolution(_Rows):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._finish(self._conv_forward(x, self._rows(), self._shift()))  # type: ignore[attr-defined]
+
+
+class _Conv1d(_Convolution, nn.Conv1d):
+    pass
+
+
+class _Conv2d(_Convolution, nn.Conv2d):
+    pass
+
+
+class _Conv3d(_Convolution, nn.Conv3d):
+    pass
+
+
+_ROWS: dict[type, type] = {nn.Linear: _Linear, nn.Conv1d: _Conv1d, nn.Conv2d: _Conv2d, nn.Conv3d: _Conv3d}
+
+
+_OWN = frozenset(nn.Module().__dict__)
+
+
+def _shallow(module: nn.Module, kind: Any = None) -> Any:
+    """A module with the same attributes, whose parameters, buffers, children and hooks can be exchanged one by one."""
+    kind = kind or type(module)
+    copy = kind.__new__(kind)
+    copy.__dict__ = {
+        name: value.copy() if name in _OWN and isinstance(value, dict | set) else value
+        for name, value in module.__dict__.items()
+    }
+    return copy
+
+
+class Compact:
+    """The smaller network for the cuts of a graph, to be trained in place of the original.
+
+    Containers are shallow copies that run the same Python code, modules that are cut have smaller copies, all other
+    modules are the original's own: train() and eval() of either network reach them. The constants hold for the mode
+    in which the cuts were made, and as long as nothing is trained outside the small network.
+
+    Attributes:
+        model: the small network.
+        slices: the parameters of the cut modules that are trained in it. Biases of units that were left out and rows
+            of dead units are not among them; they stay as they are.
+        buffers: the running statistics of the cut norms.
+    """
+
+    def __init__(self, graph: Graph, cuts: Mapping[str, Cut]) -> None:
+        self.original = graph.model
+        self.slices: list[Slice] = []
+        self.buffers: list[Slice] = []
+        self._norms: list[tuple[_BatchNorm, Cut]] = []
+        small: dict[int, nn.Module] = {}
+        for name, cut in cuts.items():
+            module = graph.model.get_submodule(name)
+            small[id(module)] = self._norm(module, cut) if isinstance(module, _BatchNorm) else self._layer(module, cut)
+        self.model = _rebuild(graph.model, small)
+
+    def _slice(self, owner: Any, full: nn.Module, name: str, *index: Tensor | None) -> None:
+        """Exchange a parameter or buffer of `owner` for the kept part of the original's."""
+        tensor = getattr(full, name)
+        if tensor is None:
+            return
+        part = _take(tensor.detach(), index)
+        if isinstance(tensor, nn.Parameter):
+            owner._parameters[name] = parameter = nn.Parameter(part, requires_grad=tensor.requires_grad)
+            if tensor.requires_grad:
+                self.slices.append(Slice(tensor, parameter, index))
+        else:
+            owner._buffers[name] = part
+            self.buffers.append(Slice(tensor, part, index))
+
+    def _layer(self, module: Any, cut: Cut) -> nn.Module:
+        small = _shallow(module, _ROWS[type(module)])
+        self._slice(small, module, "weight", cut.alive, *([] if cut.inputs is None else [cut.inputs]))
+        self._slice(small, module, "bias", cut.outputs)
+        small.outputs = len(cut.outputs)
+        where = None
+        if len(cut.alive) < len(cut.outputs):
+            where = torch.searchsorted(cut.outputs, cut.alive).to(module.weight.device)
+        small.register_buffer("where", where)
+        small.register_buffer("constant", cut.constant)
+        if isinstance(module, _ConvNd):
+            small.out_channels = len(cut.outputs)
+            small.in_channels = small.groups = len(cut.outputs)
+            if cut.inputs is not None:
+                small.in_channels, small.groups = len(cut.inputs), 1
+        else:
+            small.out_features, small.in_features = small.outputs, small.weight.shape[1]
+        return small
+
+    def _norm(self, module: Any, cut: Cut) -> nn.Module:
+        small = _shallow(module)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self._slice(small, module, name, cut.outputs)
+        small.num_features = len(cut.outputs)
+        self._norms.append((module, cut))
+        return small
+
+    @torch.no_grad()
+    def finish(self, steps: int) -> None:
+        """Bring the running statistics of the original up to date after `steps` training steps of the small network.
+
+        Channels that remained take theirs from the small network; those that were left out get what as many batches
+        of their constant make of them. The batch counters are the original's own and have counted.
+
+        Args:
+            steps: forward passes in training mode since this object was made.
+        """
+        for part in self.buffers:
+            part.prolong(part.small, part.full)
+        for module, cut in self._norms:
+            mean, variance, counter = module.running_mean, module.running_var, module.num_batches_tracked
+            if not module.training or mean is None or variance is None or cut.steady is None or steps == 0:
+                continue
+            if module.momentum is None:  # the average of all batches so far
+                count = 0 if counter is None else int(counter)
+                kept = max(count - steps, 0) / max(count, 1)
+            else:
+                kept = math.pow(1 - module.momentum, steps)
+            gone = torch.ones(len(mean), dtype=torch.bool)
+            gone[cut.outputs] = False
+            gone = gone.to(mean.device)
+            steady = cut.steady.to(mean)
+            mean.copy_(torch.where(gone, steady + (mean - steady) * kept, mean))
+            variance.copy_(torch.where(gone, variance * kept, variance))
+
+    def check(self, example_inputs: tuple[Tensor, ...]) -> float:
+        """The largest absolute difference between the outputs of both networks for these inputs.
+
+        Both run in the mode that they are in, without gradients and without dropout; no state changes.
+        """
+        with untouched(self.original, self.model):
+            still(self.original, self.model, norms=False)
+            outputs = []
+            for model in (self.original, self.model):
+                with untouched(model):
+                    outputs.append(tree_leaves(model(*[x.clone() for x in example_inputs])))
+            pairs = [(a, b) for a, b in zip(*outputs, strict=True) if isinstance(a, Tensor) and a.numel()]
+            return max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
+
+
+def _rebuild(model: nn.Module, small: dict[int, nn.Module]) -> nn.Module:
+    """`model` with the modules in `small` (by id of the original) in place; whatever holds none of them is shared."""
+    if id(model) not in small:
+        small[id(model)] = model
+        children = {n: None if m is None else _rebuild(m, small) for n, m in model._modules.items()}
+        if any(children[name] is not module for name, module in model._modules.items()):
+            copy = _shallow(model)
+            copy._modules = children
+            if isinstance(copy, nn.TransformerEncoderLayer):
+                copy.activation_relu_or_gelu = 0  # the fused kernel would take the weights without the rest
+            small[id(model)] = copy
+    return small[id(model)]

@@ -1,0 +1,183 @@
+"""Layers that compute with their live weights alone while they are restricted, and as ever otherwise.
+
+The class of a module is exchanged for a subclass, so that its name, its parameters, its hooks and `isinstance` stay
+what they are. Copies and pickles of it are of the stock class.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import kernels
+from ..kernels import DTYPES
+from .csr import Pattern, sparse_linear
+from .support import Support
+
+
+class Seen(NamedTuple):
+    """An input of a layer: its shape, and whether a gradient with respect to it is needed."""
+
+    shape: tuple[int, ...]
+    needs_grad: bool
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a kind of module computes with a weight that is given to it, dense or as the values on a pattern.
+
+    `whole`: whether the sparse form can add the gradient of the whole weight to a tensor on the way back.
+    """
+
+    pattern: Callable[[Tensor, Tensor | None], Any]
+    dense: Callable[[Any, Tensor, Tensor], Tensor]
+    sparse: Callable[[Any, Tensor, Tensor, Any, Tensor | None], Tensor]
+    whole: bool
+
+
+def _sparse_linear(module: Any, x: Tensor, values: Tensor, pattern: Pattern, whole: Tensor | None) -> Tensor:
+    flat = x if x.dim() == 2 else x.flatten(0, -2)
+    y = sparse_linear(flat, values, module.bias, pattern, whole=whole)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
+
+
+FORMS: dict[Any, Form] = {
+    nn.Linear.forward: Form(
+        pattern=Pattern,
+        dense=lambda module, x, weight: F.linear(x, weight, module.bias),
+        sparse=_sparse_linear,
+        whole=True,
+    )
+}
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """The sparse form of a module that computes as torch's own does; None where there is none on this machine."""
+    if not kernels.available() or "forward" in module.__dict__ or type(module.__dict__.get("_layer")) is Layer:
+        return None
+    form = FORMS.get(getattr(type(module), "forward", None))
+    weight = module._parameters.get("weight")
+    return form if form is not None and type(weight) is nn.Parameter and weight.device.type == "cpu" else None
+
+
+class Live:
+    """A weight W in the full space and its live part, which the optimizer trains in its place.
+
+    Attributes:
+        full: W. Always holds the live values, and zeros elsewhere.
+        values: the live part, as `where.restrict(W)` gives it.
+        finished: the optimizer holds W again, and its gradient is that of all of W.
+        version: of `full` when it was last written here; another one says that somebody else wrote to it.
+    """
+
+    def __init__(self, full: nn.Parameter, where: Support) -> None:
+        self.full, self.where = full, where
+        self.values = nn.Parameter(where.restrict(full))
+        self.finished = False
+        self.version = full._version
+        self._hook: Any = full.register_post_accumulate_grad_hook(self._receive)  # type: ignore[no-untyped-call]
+
+    def _receive(self, full: Tensor) -> None:
+        """Take over the gradient that a dense computation has left."""
+        grad, full.grad = full.grad, None
+        assert grad is not None
+        part = self.where.restrict(grad)
+        self.values.grad = part if self.values.grad is None else self.values.grad.add_(part)
+
+    def write(self) -> None:
+        """The values, to where they belong in W."""
+        self.where.prolong(self.values.detach(), self.full.detach())
+        self.version = self.full._version
+
+    def read(self) -> None:
+        """The values, from W."""
+        self.values.detach().copy_(self.where.restrict(self.full))
+        self.version = self.full._version
+
+    def edited(self, *, closely: bool = False) -> bool:
+        """Whether W was changed from outside; `closely` compares the values too, which finds changes of `.data`."""
+        if self.full._version != self.version:
+            return True
+        return closely and not torch.equal(self.where.restrict(self.full), self.values.detach())
+
+    def finish(self) -> None:
+        """Leave gradients where they belong; the values stay for those that still compute with them."""
+        self._hook.remove()
+        self.finished = True
+
+
+class Layer:
+    """A watched module: which input it saw last, and how it computes now.
+
+    Attributes:
+        seen: the last input; None before the first call, and where the sparse form could not have taken it.
+        live: the weights that it computes with; None where it computes as ever.
+        on_edit: called when W was changed from outside, before it is used.
+    """
+
+    def __init__(self, name: str, module: nn.Module, form: Form, on_edit: Callable[[], None]) -> None:
+        self.name, self.module, self.form, self.on_edit = name, module, form, on_edit
+        self.base: type[nn.Module] = type(module)
+        self.seen: Seen | None = None
+        self.live: Live | None = None
+
+    def watch(self) -> None:
+        """From now on the module's calls come here."""
+        self.module.__dict__["_layer"] = self
+        self.module.__class__ = _watched(self.base)  # type: ignore[arg-type]
+
+    def release(self) -> None:
+        """Make the module what it was."""
+        self.module.__dict__.pop("_layer", None)
+        self.module.__class__ = self.base
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """What the sparse form makes of x; None where the module shall compute as ever."""
+        module: Any = self.module
+        weight = module._parameters["weight"]
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
+            return None
+        fits = x.dtype == weight.dtype and x.dtype in DTYPES and x.device.type == "cpu" and x.dim() > 1
+        if not fits or torch.is_autocast_enabled("cpu"):
+            self.seen = None
+            return None
+        training = torch.is_grad_enabled()
+        if training:
+            self.seen = Seen(tuple(x.shape), x.requires_grad)
+        if self.live is None or self.live.full is not weight:
+            return None
+        if self.live.edited(closely=not training):
+            self.on_edit()
+            if self.live is None or self.live.edited(closely=not training):
+                return None
+        live = self.live
+        if not training or not live.finished:
+            return self.form.sparse(module, x, live.values, live.where, None)
+        if not self.form.whole:
+            return None
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return self.form.sparse(module, x, live.values.detach(), live.where, weight.grad)
+
+
+class _Watched:
+    """Mixed in before the class of a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.__dict__["_layer"].forward(x)
+        return super().forward(x) if y is None else y  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != "_layer"}
+        return object.__new__, (self.__dict__["_layer"].base,), state
+
+
+@functools.cache
+def _watched(base: type[nn.Module]) -> type[nn.Module]:
+    return type(base.__name__, (_Watched, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})

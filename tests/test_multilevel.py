@@ -1,0 +1,439 @@
+"""Fine and coarse steps: against a reference that masks what the dense optimizer does, and against a user's habits."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torch_bregman as tb
+from torch_bregman import kernels
+from torch_bregman.restriction import choice
+
+FORMS = ["masked", pytest.param("sparse", marks=pytest.mark.skipif(not kernels.available(), reason="needs numba"))]
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "linbreg": lambda groups: tb.LinBreg(groups, lr=0.2),
+    "paper momentum": lambda groups: tb.LinBreg(groups, lr=0.2, momentum=0.9),
+    "sgd momentum": lambda groups: tb.LinBreg(groups, lr=0.05, momentum=0.9, momentum_rule="sgd"),
+    "nesterov": lambda groups: tb.LinBreg(groups, lr=0.05, momentum=0.9, momentum_rule="sgd", nesterov=True),
+    "adabreg": lambda groups: tb.AdaBreg(groups, lr=0.01),
+    "decay": lambda groups: tb.LinBreg(groups, lr=0.2, weight_decay=0.01),
+    "delta": lambda groups: tb.LinBreg(groups, lr=0.2, delta=2.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every layer computes in this form, whatever is faster."""
+    monkeypatch.setattr(choice, "MARGIN", float("inf") if request.param == "sparse" else 0.0)
+    return str(request.param)
+
+
+def mlp(seed: int = 0, density: float = 0.3) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 15), nn.Tanh(), nn.Linear(15, 3))
+    return tb.sparse_init_(model, density)
+
+
+def convnet(seed: int = 0, density: float = 0.3) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=2),
+        nn.ReLU(), nn.Flatten(), nn.Linear(16, 3),
+    )  # fmt: skip
+    return tb.sparse_init_(model, density)
+
+
+def batch(i: int, shape: tuple[int, ...] = (12,)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + i)
+    return torch.randn(9, *shape, generator=generator), torch.randint(0, 3, (9,), generator=generator)
+
+
+def train(
+    model: nn.Module, optimizer: Any, steps: range, *after: Callable[[], Any], shape: tuple[int, ...] = (12,)
+) -> None:
+    for i in steps:
+        x, y = batch(i, shape)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        for call in after:
+            call()
+
+
+def reference(
+    model: nn.Module, optimizer: Any, steps: range, coarse: int, shape: tuple[int, ...] = (12,)
+) -> list[set[str]]:
+    """The published algorithm by brute force: dense steps, of which everything off the support is taken back."""
+    support: dict[Tensor, Tensor] = {}
+    for i in steps:
+        before = {}
+        if i % (coarse + 1):
+            for p, mask in support.items():
+                state = {k: v.clone() for k, v in optimizer.state[p].items() if torch.is_tensor(v) and v.dim()}
+                before[p] = (mask, state)
+        train(model, optimizer, range(i, i + 1), shape=shape)
+        for p, (mask, state) in before.items():
+            for name, value in state.items():
+                now = optimizer.state[p][name]
+                now.copy_(torch.where(mask, now, value))
+            with torch.no_grad():
+                p.mul_(mask)
+        if i % (coarse + 1) == 0:
+            for group, reg in zip(optimizer.param_groups, optimizer.regularizers, strict=True):
+                if reg is not None:
+                    for p in group["params"]:
+                        support[p] = reg.coupled(p.detach() != 0)
+    return []
+
+
+def states(optimizer: Any) -> list[dict[str, Any]]:
+    return [state for _, state in sorted(optimizer.state_dict()["state"].items())]
+
+
+def same(a: Any, b: Any, **tolerance: float) -> None:
+    assert len(states(a)) == len(states(b))
+    for one, two in zip(states(a), states(b), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, two[name], msg=name, **(tolerance or {"rtol": 1e-9, "atol": 1e-11}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("coarse", [1, 4])
+def test_it_is_the_published_algorithm(name: str, coarse: int, form: str) -> None:
+    ours, theirs = mlp(), mlp()
+    a = OPTIMIZERS[name](tb.param_groups(ours, tb.L1(), lam=0.05))
+    b = OPTIMIZERS[name](tb.param_groups(theirs, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(ours, a, coarse_steps=coarse, fine_steps=1, boost=1.0)
+    # A first step in the full space, a coarse phase, and so on; the last one is in the middle of a phase.
+    n = 5 * (coarse + 1) + 1 + coarse // 2
+    train(ours, a, range(n), levels.step)
+    reference(theirs, b, range(n), coarse)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    same(a, b)
+    assert levels.counts["fine"] == 6
+    assert tb.density(ours) < 0.9
+
+
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        {nn.Linear: tb.GroupL1("rows"), nn.Conv2d: tb.GroupL1("filters")},
+        {nn.Linear: tb.GroupL1("columns"), nn.Conv2d: tb.GroupL1("channels")},
+        {nn.Linear: tb.SparseGroupL1("rows"), nn.Conv2d: tb.GroupL1("kernels", weighted=False)},
+        {nn.Linear: tb.NonNegativeL1(), nn.Conv2d: tb.L1()},
+    ],
+)
+@pytest.mark.parametrize("name", ["linbreg", "adabreg"])
+def test_groups_are_restricted_whole(name: str, regularizer: Any, form: str) -> None:
+    ours, theirs = convnet(), convnet()
+    for model in (ours, theirs):
+        if isinstance(regularizer[nn.Linear], tb.NonNegativeL1):
+            model[6].weight.data.abs_()
+        for module in (model[0], model[3], model[6]):  # some groups of each kind are dead
+            module.weight.data[:1] = 0
+            module.weight.data[:, -1:] = 0
+    a = OPTIMIZERS[name](tb.param_groups(ours, regularizer, lam=0.02))
+    b = OPTIMIZERS[name](tb.param_groups(theirs, regularizer, lam=0.02))
+    levels = tb.Multilevel(ours, a, coarse_steps=3, fine_steps=1, boost=1.0)
+    train(ours, a, range(15), levels.step, shape=(1, 5, 5))
+    reference(theirs, b, range(15), 3, shape=(1, 5, 5))
+    same(a, b, rtol=1e-8, atol=1e-10)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["linbreg", "adabreg"])
+def test_boost_scales_the_fine_step_off_the_support(name: str, form: str) -> None:
+    model = mlp()
+    optimizer = OPTIMIZERS[name](tb.param_groups(model, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(model, optimizer, coarse_steps=2, fine_steps=1, boost=3.0)
+    train(model, optimizer, range(3), levels.step)
+    twin = mlp()
+    plain = OPTIMIZERS[name](tb.param_groups(twin, tb.L1(), lam=0.05))
+    twin.load_state_dict(model.state_dict())
+    plain.load_state_dict(optimizer.state_dict())
+    train(twin, plain, range(3, 4))
+    before, masks = states(optimizer), [p != 0 for i in range(2) for p in _full(model, optimizer, i)]
+    before = [{**state, "dual": state["dual"].clone()} for state in before]
+    train(model, optimizer, range(3, 4), levels.step)
+    for old, one, two, mask in zip(before, states(optimizer), states(plain), masks, strict=True):
+        if one["dual"].dim() > 1:
+            wanted = torch.where(mask, two["dual"], old["dual"] + 3 * (two["dual"] - old["dual"]))
+            torch.testing.assert_close(one["dual"], wanted)
+            assert (one["dual"] != two["dual"]).any()
+    torch.testing.assert_close(model[0].weight, tb.L1().prox(states(optimizer)[0]["dual"], 0.05))
+
+
+@pytest.mark.parametrize("order", ["control first", "levels first"])
+def test_the_density_is_reached_in_either_order_of_calls(order: str, form: str) -> None:
+    model = mlp()
+    optimizer = tb.AdaBreg(tb.param_groups(model, tb.L1()), lr=0.01)
+    control = tb.TargetDensity(optimizer, 0.2, total_steps=100)
+    levels = tb.Multilevel(model, optimizer, coarse_steps=5)
+    calls = (control.step, levels.step) if order == "control first" else (levels.step, control.step)
+    for i in range(100):
+        train(model, optimizer, range(i, i + 1), *calls)
+        if i > 20:
+            assert 0.1 < tb.density(model) < 0.21  # within a phase weights only disappear
+    assert tb.density(model) == pytest.approx(0.2, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_coarse_steps_are_the_optimizer_bit_for_bit(name: str) -> None:
+    ours, theirs = mlp(), mlp()
+    a = OPTIMIZERS[name](tb.param_groups(ours, tb.L1(), lam=0.05))
+    b = OPTIMIZERS[name](tb.param_groups(theirs, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(ours, a, coarse_steps=0)
+    train(ours, a, range(20), levels.step)
+    train(theirs, b, range(20))
+    same(a, b, rtol=0, atol=0)
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert levels.counts == {"fine": 20, "coarse": 0}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_off_the_support_nothing_moves_in_a_coarse_phase(name: str, form: str) -> None:
+    model = mlp()
+    optimizer = OPTIMIZERS[name](tb.param_groups(model, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(model, optimizer, coarse_steps=6, fine_steps=2)
+    train(model, optimizer, range(2), levels.step)
+    masks = [p != 0 for p in model.parameters()]
+    before = copy.deepcopy(states(optimizer))
+    by_group = [p for group in optimizer.param_groups for p in group["params"]]
+    assert levels.restricted
+    train(model, optimizer, range(2, 7), levels.step)
+    assert levels.restricted
+    train(model, optimizer, range(7, 8), levels.step)
+    assert not levels.restricted
+    after = states(optimizer)
+    full = [p for i in range(2) for p in _full(model, optimizer, i)]
+    assert len(by_group) == len(full)
+    for p, old, new in zip(full, before, after, strict=True):
+        mask = next((m for m, q in zip(masks, model.parameters(), strict=True) if q is p))
+        if p.dim() < 2:
+            continue
+        for key, value in old.items():
+            if torch.is_tensor(value) and value.shape == p.shape:
+                assert torch.equal(value[~mask], new[key][~mask]), key
+        assert not torch.equal(old["dual"][mask], new["dual"][mask])
+        assert not p[~mask].any()
+
+
+def _full(model: nn.Module, optimizer: Any, group: int) -> list[Tensor]:
+    """The parameters of the full space in the order of the optimizer: weights first, then biases."""
+    return [p for p in model.parameters() if (p.dim() > 1) == (group == 0)]
+
+
+def test_what_the_optimizer_holds_is_as_large_as_what_lives(form: str) -> None:
+    model = mlp(density=0.2)
+    optimizer = OPTIMIZERS["adabreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(model, optimizer, coarse_steps=5, fine_steps=1)
+    train(model, optimizer, range(3), levels.step)
+    assert levels.restricted
+    live = sum(int((p != 0).sum()) for p in model.parameters() if p.dim() > 1)
+    values = optimizer.param_groups[0]["params"]
+    for tensors in (
+        values,
+        [p.grad for p in values],
+        *[[optimizer.state[p][name] for p in values] for name in ("dual", "exp_avg", "exp_avg_sq")],
+    ):
+        assert live <= sum(t.numel() for t in tensors) <= live + 5  # a weight may have become zero within the phase
+    assert all(p.grad is None for p in model.parameters() if p.dim() > 1)
+
+
+@pytest.mark.parametrize("stop", range(1, 13))
+@pytest.mark.parametrize("name", ["linbreg", "sgd momentum", "adabreg"])
+def test_it_resumes_bit_for_bit_at_any_step(name: str, stop: int, form: str) -> None:
+    def make() -> tuple[Any, ...]:
+        model = mlp()
+        optimizer = OPTIMIZERS[name](tb.param_groups(model, tb.L1(), lam=0.05))
+        control = tb.TargetDensity(optimizer, 0.25, total_steps=24, every=2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)
+        levels = tb.Multilevel(model, optimizer, coarse_steps=4, fine_steps=2)
+        return model, optimizer, control, schedule, levels
+
+    one, two = make(), make()
+    train(one[0], one[1], range(24), one[2].step, one[4].step, one[3].step)
+    train(two[0], two[1], range(stop), two[2].step, two[4].step, two[3].step)
+    saved = copy.deepcopy([part.state_dict() for part in two])
+    three = make()
+    for part, state in zip(three, saved, strict=True):
+        part.load_state_dict(state)
+    train(three[0], three[1], range(stop, 24), three[2].step, three[4].step, three[3].step)
+    for p, q in zip(one[0].parameters(), three[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+    same(one[1], three[1], rtol=0, atol=0)
+    assert tb.density(one[0]) == pytest.approx(0.25, abs=2e-3)
+
+
+@pytest.mark.parametrize("at", range(3, 9))
+def test_looking_changes_nothing_and_shows_the_full_network(at: int, form: str) -> None:
+    results = []
+    for look in (False, True):
+        model = mlp()
+        optimizer = OPTIMIZERS["adabreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+        levels = tb.Multilevel(model, optimizer, coarse_steps=4, fine_steps=2)
+        train(model, optimizer, range(at), levels.step)
+        if look:
+            x, _ = batch(0)
+            full = mlp(seed=1)
+            full.load_state_dict(model.state_dict())
+            for grad in (torch.enable_grad, torch.no_grad):
+                with grad():
+                    torch.testing.assert_close(model(x), full(x), rtol=1e-12, atol=1e-12)
+            twin, other = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+            for copied in (twin, other):
+                assert all(type(m) in (nn.Sequential, nn.Linear, nn.ReLU, nn.Tanh) for m in copied.modules())
+                torch.testing.assert_close(copied(x), full(x), rtol=1e-12, atol=1e-12)
+            shapes = [s["dual"].shape for s in states(optimizer)]
+            assert shapes == [p.shape for i in range(2) for p in _full(model, optimizer, i)]
+            assert 0 < tb.density(model) < 1
+            plain = OPTIMIZERS["adabreg"](tb.param_groups(full, tb.L1(), lam=0.05))
+            plain.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, range(at, 20), levels.step)
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_weights_that_are_changed_from_outside_are_honoured(form: str) -> None:
+    model = mlp()
+    optimizer = OPTIMIZERS["linbreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(model, optimizer, coarse_steps=10, fine_steps=1)
+    train(model, optimizer, range(3), levels.step)
+    weight = model[2].weight
+    with torch.no_grad():
+        weight.mul_(0.5)  # on the support
+    halved = weight.detach().clone()
+    x, _ = batch(0)
+    torch.testing.assert_close(model(x), copy.deepcopy(model)(x))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, range(3, 5), levels.step)
+    torch.testing.assert_close(weight, halved, rtol=1e-12, atol=1e-12)
+    assert levels.restricted
+    other = mlp(seed=3)
+    model.load_state_dict(other.state_dict())  # another support
+    torch.testing.assert_close(model(x), other(x), rtol=1e-12, atol=1e-12)
+    train(model, optimizer, range(5, 30), levels.step)
+    torch.testing.assert_close(model[2].weight, other[2].weight, rtol=1e-12, atol=1e-12)
+    assert levels.restricted
+
+
+def test_evaluation_with_other_weights_that_are_put_back(form: str) -> None:
+    """As an average of the weights is swapped in and out, also by way of `.data`."""
+    results = []
+    for swap in (False, True):
+        model, average = mlp(), mlp(seed=5)
+        optimizer = OPTIMIZERS["adabreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+        levels = tb.Multilevel(model, optimizer, coarse_steps=6, fine_steps=1)
+        train(model, optimizer, range(4), levels.step)
+        if swap:
+            x, _ = batch(0)
+            own = [p.data.clone() for p in model.parameters()]
+            for p, q in zip(model.parameters(), average.parameters(), strict=True):
+                p.data.copy_(q.data)
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), average(x))
+            for p, q in zip(model.parameters(), own, strict=True):
+                p.data.copy_(q)
+        train(model, optimizer, range(4, 15), levels.step)
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_accumulated_gradients_and_closures(form: str) -> None:
+    results = []
+    for closure in (False, True):
+        model = mlp()
+        optimizer = OPTIMIZERS["linbreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+        levels = tb.Multilevel(model, optimizer, coarse_steps=3, fine_steps=2)
+        for i in range(12):
+
+            def loss(i: int = i, model: nn.Module = model, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                total = torch.zeros(())
+                for j in (2 * i, 2 * i + 1):
+                    x, y = batch(j)
+                    part = F.cross_entropy(model(x), y) / 2
+                    part.backward()
+                    total += part.detach()
+                return total
+
+            if closure:
+                assert torch.is_tensor(optimizer.step(loss))
+            else:
+                loss()
+                optimizer.step()
+            levels.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_a_penalty_on_the_weights_reaches_the_live_ones(form: str) -> None:
+    """The gradient of a weight may come from elsewhere than the layer."""
+    model = mlp()
+    optimizer = OPTIMIZERS["linbreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(model, optimizer, coarse_steps=3, fine_steps=1)
+    for i in range(6):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) + 0.1 * model[0].weight.square().sum()).backward()
+        held = optimizer.param_groups[0]["params"][0].grad
+        twin = copy.deepcopy(model)
+        twin.zero_grad()
+        (F.cross_entropy(twin(x), y) + 0.1 * twin[0].weight.square().sum()).backward()
+        wanted = twin[0].weight.grad
+        assert wanted is not None
+        if levels.restricted:
+            wanted = levels._parts[0].live.where.restrict(wanted)
+        torch.testing.assert_close(held, wanted)
+        optimizer.step()
+        levels.step()
+
+
+def test_by_default_small_networks_are_left_alone() -> None:
+    model, twin = mlp(), mlp()
+    a = OPTIMIZERS["adabreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+    b = OPTIMIZERS["adabreg"](tb.param_groups(twin, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(model, a)
+    train(model, a, range(30), levels.step)
+    train(twin, b, range(30))
+    assert levels.counts == {"fine": 30, "coarse": 0}
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_bad_arguments_are_named() -> None:
+    model = mlp()
+    optimizer = tb.LinBreg(tb.param_groups(model, tb.L1(), lam=0.05))
+    with pytest.raises(ValueError, match=r"`coarse_steps`: -1; expected a whole number of at least 0"):
+        tb.Multilevel(model, optimizer, coarse_steps=-1)
+    with pytest.raises(ValueError, match=r"`fine_steps`: 0; expected a whole number of at least 1"):
+        tb.Multilevel(model, optimizer, fine_steps=0)
+    with pytest.raises(ValueError, match=r"`boost`: 0"):
+        tb.Multilevel(model, optimizer, boost=0)
+    with pytest.raises(ValueError, match=r"`optimizer`: SGD; expected LinBreg or AdaBreg"):
+        tb.Multilevel(model, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`optimizer`: ProxSGD"):
+        tb.Multilevel(model, tb.ProxSGD(model.parameters()))
+    with pytest.raises(ValueError, match=r"`model`: list"):
+        tb.Multilevel([model], optimizer)  # type: ignore[arg-type]
+    tb.Multilevel(model, optimizer, 3)
+    with pytest.raises(ValueError, match="belongs to another Multilevel"):
+        tb.Multilevel(model, optimizer)
