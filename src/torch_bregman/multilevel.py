@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from .optim import BregmanOptimizer
 from .optim.base import check_number
 from .regularizers import Grouped, Regularizer
+from .restriction import choice as choosing
 from .restriction import elementwise, restricted_regularizer, separable, support
 from .restriction.choice import Choice, Timings
-from .restriction.layers import Layer, Live, Seen, form_of
+from .restriction.graph import Graph, Untraceable
+from .restriction.layers import Layer, Live, Seen, Watch, form_of
+from .restriction.narrow import Narrow, Whole, seconds
 
 LOOK_EVERY = 100  # steps between looks whether restricting has become faster
 WHOLE = ("step", "lam", "delta", "written", "waiting")  # what of the optimizer's state is not shaped like the weight
@@ -35,7 +38,7 @@ class Part:
     group: int
     place: int
     live: Live
-    regularizer: Regularizer
+    regularizer: Regularizer | None
     held: dict[str, Any]
     small: dict[str, Any]
 
@@ -69,8 +72,10 @@ class Multilevel:
         optimizer: LinBreg or AdaBreg on its parameters. Weights with `L1`, `NonNegativeL1` or named groups are
             restricted; those with a tensor for λ, with another regulariser or with none are trained as ever.
         coarse_steps, fine_steps: lengths of the phases. With `coarse_steps=None` the network is only restricted where
-            that was measured to be faster, and the phases grow as the support settles (`cycle`).
-        boost: factor on the steps of v off the support, in the fine steps. None is 1.
+            that was measured to be faster, and the phases grow while a `TargetDensity` that knows `total_steps` goes
+            there: from 4 coarse steps to 19 for one fine step, without it 9.
+        boost: factor on the steps of v off the support, in the fine steps. None is 1: more adds noise and finds nothing
+            that the other batches have seen (docs/multilevel.md).
 
     Raises:
         ValueError: an option out of range, an optimizer without a dual, or one that has a `Multilevel` already.
@@ -109,6 +114,8 @@ class Multilevel:
         self._parts: list[Part] = []
         self._last: list[dict[str, Any]] = []  # the parts of the phase that has just ended, while the layers use them
         self._layers: list[Layer] = []
+        self._whole: Whole | None = None
+        self._graph: tuple[Any, Graph | None] = (None, None)
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []
         if coarse_steps != 0:
             self._attach()
@@ -135,7 +142,7 @@ class Multilevel:
         for control in self.optimizer.controls:
             control.catch_up()
         if self._restrict():
-            self.left = cycle(self.counts.total()) - 1 if self.coarse_steps is None else self.coarse_steps
+            self.left = self._coarse_steps()
         else:  # it would not be faster: go on as ever, and look again
             self.left = LOOK_EVERY
 
@@ -151,6 +158,9 @@ class Multilevel:
             for part in self._parts:
                 part.live.finish()
                 self._show(part, full=True)
+            if self._whole is not None:
+                self._whole.catch_up()
+                self._whole.narrow, self._whole.expected = None, False
             if at_once:
                 for layer in self._layers:
                     layer.live = None
@@ -163,6 +173,7 @@ class Multilevel:
             "left": self.left,
             "counts": dict(self.counts),
             "restricted": self.restricted,
+            "compact": self._whole is not None and (self._whole.expected or self._whole.narrow is not None),
             "parts": [self._describe(part) for part in self._parts] or list(self._last),
             "seen": {layer.name: layer.seen for layer in self._layers if layer.seen is not None},
             "seconds": dict(self.timings.seconds),
@@ -188,7 +199,11 @@ class Multilevel:
                 raise ValueError(f"`state_dict` has a weight {place} in group {i}; the optimizer has none.") from None
             if list(full.shape) != saved["shape"]:
                 raise ValueError(f"`state_dict` has a weight of shape {saved['shape']}; here it is {list(full.shape)}.")
-            self._enter(i, place, saved["index"], [x for x in self._layers_of(full) if x.name in saved["sparse"]])
+            layers = [layer for layer in self._layers_of(full) if layer.name in saved["sparse"]]
+            self._enter(i, place, self._live(i, full, layers, saved["index"]), layers)
+        self.optimizer._forget()
+        if self._whole is not None:
+            self._whole.expected = state_dict["compact"]
         if not state_dict["restricted"]:
             self.leave(at_once=False)
 
@@ -206,6 +221,13 @@ class Multilevel:
             lines.append("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(cells)))
         return "\n".join(lines)
 
+    def _coarse_steps(self) -> int:
+        """Length of the coarse phase that begins."""
+        if self.coarse_steps is not None:
+            return self.coarse_steps
+        totals = [control.total_steps for control in self.optimizer.controls if control.total_steps is not None]
+        return max(1, self.fine_steps * cycle(self.counts.total() / max(totals) if totals else None) - self.fine_steps)
+
     # ------------------------------------------------------------------ into the live part and back
 
     def _attach(self) -> None:
@@ -218,6 +240,12 @@ class Multilevel:
                 layer.watch()
                 self._layers.append(layer)
         optimizer = self.optimizer
+        by_rows = [
+            reg for reg in optimizer.regularizers if isinstance(reg, Grouped) and reg.groups in ("rows", "filters")
+        ]
+        if by_rows and not isinstance(self.model, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            self._whole = Whole(self.model, self._on_call)
+            self._whole.watch()
         optimizer.levels = self
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
@@ -255,25 +283,102 @@ class Multilevel:
                     with torch.enable_grad():
                         chosen[layer] = self.timings.choose(layer.module, layer.form, p, layer.seen)
         gain = sum(choice.seconds for choice in chosen.values()) < GAIN * sum(x.dense for x in chosen.values())
-        if not candidates or (self.coarse_steps is None and not gain):
+        if not candidates or (self.coarse_steps is None and not gain and self._whole is None):
             self.choices = {layer.name: replace(choice, kind="dense") for layer, choice in chosen.items()}
             return False
         self.choices = {layer.name: choice for layer, choice in chosen.items()}
         self.optimizer.refresh(moved)
         for i, place, p, _ in candidates:
-            self._enter(i, place, None, [x for x in self._layers_of(p) if x in chosen and chosen[x].kind == "sparse"])
+            layers = [x for x in self._layers_of(p) if x in chosen and chosen[x].kind == "sparse"]
+            self._enter(i, place, self._live(i, p, layers), layers)
+        compact = self._compact(measure=True)
+        if self.coarse_steps is None and not gain and not compact:
+            self.leave()
+            return False
         self.optimizer._forget()
         return True
 
-    def _enter(self, group: int, place: int, index: Tensor | None, layers: list[Layer]) -> None:
+    def _compact(self, *, measure: bool) -> bool:
+        """Train a smaller dense network in place of the model, if dead units make one and it is faster."""
+        whole = self._whole
+        if whole is None or whole.inputs is None or not whole.inputs:
+            return False
+        rows = {
+            part.live.full: part.live for part in self._parts if part.live.where.keeps == (0,) and part.live.where.spans
+        }
+        names = {n: m.weight for n, m in self.model.named_modules() if getattr(m, "weight", None) in rows}
+        weights = set(names.values())
+        given = [part.live for part in self._parts if part.live.full in weights or part.regularizer is None]
+        watches: list[Watch] = [whole, *self._layers]
+        for watch in watches:
+            watch.release()
+        try:
+            graph = self._traced(whole.inputs)
+            if graph is None:
+                return False
+            alive = {}
+            for name, weight in names.items():
+                alive[name] = torch.zeros(len(weight), dtype=torch.bool)
+                alive[name][rows[weight].where.index.cpu()] = True
+            try:
+                narrow = Narrow(graph, graph.cut(alive), given)
+            except ValueError:  # a module that is no Linear or Conv
+                return False
+            if measure:
+                dense, small = seconds(self.model, whole.inputs), seconds(narrow.model, whole.inputs)
+        finally:
+            for watch in watches:
+                watch.watch()
+        places = {
+            p: (i, place)
+            for i, group in enumerate(self.optimizer.param_groups)
+            for place, p in enumerate(group["params"])
+            if "dual" in self.optimizer.state.get(p, {})
+        }
+        new = [live for live in narrow.lives if not any(live is part.live for part in self._parts)]
+        if measure:
+            share = sum(p.numel() for p in narrow.model.parameters()) / sum(p.numel() for p in self.model.parameters())
+            faster = bool(narrow.lives) and small < choosing.MARGIN * dense and all(live.full in places for live in new)
+            self.choices["(network)"] = Choice("compact" if faster else "dense", share, dense, small)
+            if not faster:
+                for live in new:
+                    live.finish()
+                return False
+        for live in new:
+            self._enter(*places[live.full], live, [])
+        whole.narrow, whole.expected = narrow, False
+        return True
+
+    def _traced(self, inputs: tuple[Tensor, ...]) -> Graph | None:
+        """The graph of the model for inputs of this shape; None where it cannot be followed."""
+        key = [(x.shape[1:], x.dtype, x.device) for x in inputs]
+        if self._graph[0] != key:
+            try:
+                self._graph = key, Graph(self.model, tuple(x[:2] if x.dim() else x for x in inputs))
+            except Untraceable:
+                self._graph = key, None
+        return self._graph[1]
+
+    def _on_call(self) -> None:
+        """Before the compact network is used."""
+        self._on_edit()
+        if self._whole is not None and self._whole.expected and self._parts:
+            with torch.no_grad():
+                self._compact(measure=False)
+
+    def _live(self, group: int, full: nn.Parameter, layers: list[Layer], index: Tensor | None = None) -> Live:
+        """The live part of a weight, for the layers that will compute with it alone."""
+        known = [part.regularizer for part in self._parts if part.group == group]
+        reg = known[0] if known else self.optimizer.regularizers[group]
+        return Live(full, layers[0].form.pattern(full, index) if layers else support(full, reg, index))
+
+    def _enter(self, group: int, place: int, live: Live, layers: list[Layer]) -> None:
         """Put the live part of a weight in its place, with its state."""
         optimizer = self.optimizer
         known = [part.regularizer for part in self._parts if part.group == group]
         reg = known[0] if known else optimizer.regularizers[group]
-        assert reg is not None
-        full = optimizer.param_groups[group]["params"][place]
-        where = layers[0].form.pattern(full, index) if layers else support(full, reg, index)
-        live, held = Live(full, where), optimizer.state[full]
+        full, where = live.full, live.where
+        held = optimizer.state[full]
         small = {
             name: where.restrict(value) if name not in WHOLE and isinstance(value, Tensor) else value
             for name, value in held.items()
@@ -334,6 +439,8 @@ class Multilevel:
         """Write the live values to the weights of the model; after a fine step, boost v off the support."""
         for part in self._parts:
             part.live.write()
+        if self._whole is not None:
+            self._whole.catch_up()
         if self._last and not self._parts:
             self._last = []
             for layer in self._layers:
@@ -369,9 +476,10 @@ class Multilevel:
             live.read()
 
 
-def cycle(steps: int) -> int:
-    """The length of the cycle, one fine step and coarse ones, after so many steps.
+def cycle(progress: float | None) -> int:
+    """The length of a cycle of one fine step and coarse ones: 5 · 4^progress, or 10 where the end is not known.
 
-    One fine step in seven at first, while the support is found, and one in twenty when it has settled.
+    The support is found in the beginning, so the gradient off it is worth more there; from 5 to 20 makes 10.8 % fine
+    steps (docs/multilevel.md).
     """
-    return min(20, max(7, steps // 150))
+    return 10 if progress is None else round(5 * 4 ** min(progress, 1.0))

@@ -39,6 +39,7 @@ class Cut:
         inputs: the inputs that remain; None for a module that works channel by channel.
         constant: what the removed inputs contribute to `outputs`: [len(outputs)], or [len(outputs), *positions] where
             a zero padding makes it depend on the position; None if it is zero.
+        fed: the constants of the inputs that were left out, in their order (float64).
         steady: of a norm, the constant that every removed channel takes in (float64; 0 elsewhere).
     """
 
@@ -46,6 +47,7 @@ class Cut:
     alive: Tensor
     inputs: Tensor | None = None
     constant: Tensor | None = None
+    fed: Tensor | None = None
     steady: Tensor | None = None
 
 
@@ -220,7 +222,7 @@ class _Call(NamedTuple):
         if len(alive) == len(gone) and not lost.any():
             return None
         constant = self._constant(outputs, lost & (self.source.value != 0))
-        return Cut(outputs, alive, (~lost).nonzero().view(-1), constant)
+        return Cut(outputs, alive, (~lost).nonzero().view(-1), constant, self.source.value[lost])
 
     @torch.no_grad()
     def _constant(self, outputs: Tensor, lost: Tensor) -> Tensor | None:
@@ -231,16 +233,21 @@ class _Call(NamedTuple):
         at = lost.nonzero().view(-1)
         values = self.source.value[at].to(weight)
         weight = weight.index_select(1, at.to(weight.device)).index_select(0, outputs.to(weight.device))
-        if weight.dim() == 2 or not _padded(module):
+        if weight.dim() == 2 or not padded(module):
             return weight.flatten(2).sum(2) @ values if weight.dim() > 2 else weight @ values
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.positions) - 1]
-        image = values.view(1, -1, *[1] * len(self.positions)).expand(1, -1, *self.positions)
-        constant = convolve(image, weight, None, module.stride, module.padding, module.dilation)[0]
+        constant = constant_image(module, weight, values, self.positions)
         first = constant.flatten(1)[:, 0]
         return first if bool((constant.flatten(1) == first[:, None]).all()) else constant
 
 
-def _padded(module: Any) -> bool:
+def constant_image(module: Any, weight: Tensor, values: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """What a convolution makes of inputs [*positions] that are constant: [out, *output positions]."""
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(positions) - 1]
+    image = values.view(1, -1, *[1] * len(positions)).expand(1, -1, *positions)
+    return convolve(image, weight, None, module.stride, module.padding, module.dilation)[0]
+
+
+def padded(module: Any) -> bool:
     """Whether a convolution sees zeros beyond the border; the other paddings continue a constant."""
     padding = module.padding
     return module.padding_mode == "zeros" and (padding == "same" or (padding != "valid" and _some(padding, 0)))
@@ -402,7 +409,7 @@ def _layer(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
     bias = torch.zeros(n).double() if module.bias is None else _numbers(module.bias)
     if depthwise:
         sums = _numbers(module.weight.detach().flatten(1).sum(1))
-        constant = ~alive | (wire.constant & ((wire.value == 0) | (not _padded(module))))
+        constant = ~alive | (wire.constant & ((wire.value == 0) | (not padded(module))))
         output = walk.emit(dim, wire.ids, constant, bias + (sums * wire.value).where(alive, 0.0))
     else:
         output = walk.emit(dim, walk.new(n), ~alive, bias)

@@ -112,20 +112,12 @@ class Live:
         self.finished = True
 
 
-class Layer:
-    """A watched module: which input it saw last, and how it computes now.
+class Watch:
+    """Stands between a module and its calls: `forward` may answer them, or return None for the module to do it."""
 
-    Attributes:
-        seen: the last input; None before the first call, and where the sparse form could not have taken it.
-        live: the weights that it computes with; None where it computes as ever.
-        on_edit: called when W was changed from outside, before it is used.
-    """
-
-    def __init__(self, name: str, module: nn.Module, form: Form, on_edit: Callable[[], None]) -> None:
-        self.name, self.module, self.form, self.on_edit = name, module, form, on_edit
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.base: type[nn.Module] = type(module)
-        self.seen: Seen | None = None
-        self.live: Live | None = None
 
     def watch(self) -> None:
         """From now on the module's calls come here."""
@@ -136,6 +128,22 @@ class Layer:
         """Make the module what it was."""
         self.module.__dict__.pop("_layer", None)
         self.module.__class__ = self.base
+
+
+class Layer(Watch):
+    """A module with a sparse form: which input it saw last, and how it computes now.
+
+    Attributes:
+        seen: the last input; None before the first call, and where the sparse form could not have taken it.
+        live: the weights that it computes with; None where it computes as ever.
+        on_edit: called when W was changed from outside, before it is used.
+    """
+
+    def __init__(self, name: str, module: nn.Module, form: Form, on_edit: Callable[[], None]) -> None:
+        super().__init__(module)
+        self.name, self.form, self.on_edit = name, form, on_edit
+        self.seen: Seen | None = None
+        self.live: Live | None = None
 
     def forward(self, x: Tensor) -> Tensor | None:
         """What the sparse form makes of x; None where the module shall compute as ever."""
@@ -169,9 +177,9 @@ class Layer:
 class _Watched:
     """Mixed in before the class of a module."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.__dict__["_layer"].forward(x)
-        return super().forward(x) if y is None else y  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = self.__dict__["_layer"].forward(*args, **kwargs)
+        return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != "_layer"}

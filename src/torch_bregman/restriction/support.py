@@ -84,8 +84,8 @@ class Support:
         return full.reshape(-1), self.index
 
 
-def support(weight: Tensor, regularizer: Regularizer, index: Tensor | None = None) -> Support:
-    """The support of `weight` in the groups of a separable regulariser."""
+def support(weight: Tensor, regularizer: Regularizer | None, index: Tensor | None = None) -> Support:
+    """The support of `weight` in the groups of a separable regulariser, or of its single entries."""
     spans: tuple[int, ...] = ()
     if isinstance(regularizer, Grouped):
         assert isinstance(regularizer.groups, str)

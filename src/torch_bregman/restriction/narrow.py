@@ -1,0 +1,186 @@
+"""The compact network of a coarse phase: dense, without dead units, on the live rows that the optimizer holds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .compact import Compact, _shallow
+from .graph import Cut, Graph, constant_image, padded, untouched
+from .layers import Live, Watch
+from .support import Support
+
+
+class _Narrow:
+    """A layer whose weight has the live rows and all inputs; it computes with the inputs that are there.
+
+    The others are constants: what they contribute is computed from the same weight, so that the gradient is that of
+    the whole layer. Rows that are not alive but whose outputs others need are zero.
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = self.weight.view(len(self.weight), *self.row)
+        if self.rows is not None:
+            weight = weight.index_select(0, self.rows)
+        if self.where is not None:
+            zeros = weight.new_zeros(self.outputs, *self.row)
+            weight = zeros.index_copy(0, self.where, weight)
+        bias, there = self.bias, weight if self.inputs is None else weight.index_select(1, self.inputs)
+        border = None
+        if self.fed is not None:
+            gone = weight.index_select(1, self.gone)
+            if gone.dim() == 2:
+                shift = gone @ self.fed
+            elif padded(self):
+                shift, border = None, constant_image(self, gone, self.fed, tuple(x.shape[2:]))
+            else:
+                shift = gone.flatten(2).sum(2) @ self.fed
+            if shift is not None:
+                bias = shift if bias is None else bias + shift
+        if there.dim() == 2:
+            return F.linear(x, there, bias)
+        y = self._conv_forward(x, there, bias)
+        return y if border is None else y + border
+
+
+class _Linear(_Narrow, nn.Linear):
+    pass
+
+
+class _Conv1d(_Narrow, nn.Conv1d):
+    pass
+
+
+class _Conv2d(_Narrow, nn.Conv2d):
+    pass
+
+
+class _Conv3d(_Narrow, nn.Conv3d):
+    pass
+
+
+_KINDS: dict[type, type] = {nn.Linear: _Linear, nn.Conv1d: _Conv1d, nn.Conv2d: _Conv2d, nn.Conv3d: _Conv3d}
+
+
+class Narrow(Compact):
+    """The compact network of a graph for training: `model` computes what the original computes in its present mode.
+
+    Args:
+        graph, cuts: see there.
+        lives: the live parts that some parameters have already; of a layer with dead units, its live rows.
+
+    Attributes:
+        lives: the live parts of all parameters that it restricts, those that were given and, of the units that are
+            left, biases and the parameters of norms. Other parameters are the original's own.
+        passes: forward passes in training mode that the running statistics of the original have not seen yet.
+    """
+
+    def __init__(self, graph: Graph, cuts: Mapping[str, Cut], lives: list[Live]) -> None:
+        self._given = {live.full: live for live in lives}
+        self.lives: list[Live] = []
+        self.passes = 0
+        super().__init__(graph, cuts)
+
+    def _slice(self, owner: Any, full: nn.Module, name: str, *index: Tensor | None) -> None:
+        tensor, kept = getattr(full, name), index[0]
+        if not isinstance(tensor, nn.Parameter):
+            super()._slice(owner, full, name, *index)
+            return
+        assert kept is not None
+        if tensor in self._given:
+            self._own(owner, name, self._given[tensor])
+        elif len(kept) < len(tensor) and tensor.requires_grad:
+            self._own(owner, name, Live(tensor, Support(tensor, (), kept)))
+        elif len(kept) < len(tensor):
+            owner._parameters[name] = nn.Parameter(tensor.detach()[kept.to(tensor.device)], requires_grad=False)
+
+    def _own(self, owner: Any, name: str, live: Live) -> None:
+        owner._parameters[name] = live.values
+        self.lives.append(live)
+
+    def _layer(self, module: Any, cut: Cut) -> nn.Module:
+        small: Any = _shallow(module, _KINDS[type(module)])
+        device = module.weight.device
+        if module.weight in self._given:
+            self._own(small, "weight", self._given[module.weight])
+        self._slice(small, module, "bias", cut.outputs)
+        small.row = tuple(module.weight.shape[1:])
+        small.outputs = len(cut.outputs)
+        rows = where = inputs = gone = fed = None
+        if module.weight not in self._given and len(cut.alive) < len(module.weight):
+            rows = cut.alive.to(device)  # channels that a depthwise layer passes on; its own weights are not restricted
+        if len(cut.alive) < len(cut.outputs):
+            where = torch.searchsorted(cut.outputs, cut.alive).to(device)
+        if cut.inputs is None:  # depthwise: channel by channel
+            small.in_channels = small.groups = small.outputs
+        elif len(cut.inputs) < module.weight.shape[1]:
+            inputs = cut.inputs.to(device)
+            lost = torch.ones(module.weight.shape[1], dtype=torch.bool)
+            lost[cut.inputs] = False
+            assert cut.fed is not None
+            if cut.fed.any():
+                gone = lost.nonzero().view(-1)[cut.fed != 0].to(device)
+                fed = cut.fed[cut.fed != 0].to(module.weight)
+        for name, value in (("rows", rows), ("where", where), ("inputs", inputs), ("gone", gone), ("fed", fed)):
+            small.register_buffer(name, value)
+        return small
+
+
+class Whole(Watch):
+    """The network: remembers what it was called with, and while there is a compact one sends training calls there.
+
+    Attributes:
+        inputs: of the last call in training mode; None if it cannot be traced with them.
+        narrow: the compact network.
+        on_call: called before the compact network is used, or, where one is `expected`, made.
+    """
+
+    def __init__(self, module: nn.Module, on_call: Callable[[], None]) -> None:
+        super().__init__(module)
+        self.on_call = on_call
+        self.inputs: tuple[Tensor, ...] | None = None
+        self.narrow: Narrow | None = None
+        self.expected = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the compact network makes of a training call; None where the network shall compute as ever."""
+        if torch.compiler.is_compiling():
+            return None
+        if not self.module.training:
+            self.catch_up()
+            return None
+        plain = not kwargs and all(type(x) is Tensor for x in args)
+        self.inputs = tuple(x.detach() for x in args) if plain else None
+        if self.narrow is not None or self.expected:
+            self.on_call()
+        if self.narrow is None:
+            return None
+        self.narrow.passes += 1
+        return self.narrow.model.forward(*args, **kwargs)
+
+    def catch_up(self) -> None:
+        """Bring the running statistics of the network up to date."""
+        if self.narrow is not None and self.narrow.passes:
+            self.narrow.finish(self.narrow.passes)
+            self.narrow.passes = 0
+
+
+def seconds(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    """Of a forward pass, the shortest of three, which changes nothing."""
+    best = math.inf
+    for _ in range(3):
+        with untouched(model):
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            model.forward(*inputs)
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+    return best
