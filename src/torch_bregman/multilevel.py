@@ -16,12 +16,11 @@ from .restriction import choice as choosing
 from .restriction import elementwise, restricted_regularizer, separable, support
 from .restriction.choice import Choice, Timings
 from .restriction.graph import Graph, Untraceable
-from .restriction.layers import Layer, Live, Seen, Watch, form_of
+from .restriction.layers import Layer, Live, Seen, Watch, form_of, pools
 from .restriction.narrow import Narrow, Whole, seconds
 
 LOOK_EVERY = 100  # steps between looks whether restricting has become faster
 WHOLE = ("step", "lam", "delta", "written", "waiting")  # what of the optimizer's state is not shaped like the weight
-GAIN = 0.9  # by default a network is restricted if that takes less than this share of its layers' dense time
 
 
 @dataclass
@@ -115,6 +114,7 @@ class Multilevel:
         self._last: list[dict[str, Any]] = []  # the parts of the phase that has just ended, while the layers use them
         self._layers: list[Layer] = []
         self._whole: Whole | None = None
+        self._pools: list[Watch] = []
         self._graph: tuple[Any, Graph | None] = (None, None)
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []
         if coarse_steps != 0:
@@ -190,7 +190,7 @@ class Multilevel:
         self.timings.seconds = dict(state_dict["seconds"])
         for layer in self._layers:
             seen = state_dict["seen"].get(layer.name)
-            layer.seen = Seen(tuple(seen[0]), bool(seen[1])) if seen else None
+            layer.seen = Seen(tuple(seen[0]), tuple(seen[1]), bool(seen[2])) if seen else None
         for saved in state_dict["parts"]:
             i, place = saved["group"], saved["place"]
             try:
@@ -200,7 +200,10 @@ class Multilevel:
             if list(full.shape) != saved["shape"]:
                 raise ValueError(f"`state_dict` has a weight of shape {saved['shape']}; here it is {list(full.shape)}.")
             layers = [layer for layer in self._layers_of(full) if layer.name in saved["sparse"]]
-            self._enter(i, place, self._live(i, full, layers, saved["index"]), layers)
+            live = self._live(i, full, layers, saved["index"])
+            self._enter(i, place, live)
+            for layer in layers:
+                layer.live = live
         self.optimizer._forget()
         if self._whole is not None:
             self._whole.expected = state_dict["compact"]
@@ -240,10 +243,10 @@ class Multilevel:
                 layer.watch()
                 self._layers.append(layer)
         optimizer = self.optimizer
-        by_rows = [
-            reg for reg in optimizer.regularizers if isinstance(reg, Grouped) and reg.groups in ("rows", "filters")
-        ]
-        if by_rows and not isinstance(self.model, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        self._pools = pools(self.model)
+        for watch in self._pools:
+            watch.watch()
+        if not any(layer.module is self.model for layer in self._layers) and len(list(self.model.modules())) > 1:
             self._whole = Whole(self.model, self._on_call)
             self._whole.watch()
         optimizer.levels = self
@@ -254,7 +257,7 @@ class Multilevel:
         optimizer.register_load_state_dict_pre_hook(lambda *_: self.leave())
 
     def _layers_of(self, weight: Tensor) -> list[Layer]:
-        return [layer for layer in self._layers if layer.module._parameters.get("weight") is weight]
+        return [layer for layer in self._layers if layer.weight is weight]
 
     def _candidates(self) -> list[tuple[int, int, nn.Parameter, Regularizer]]:
         """(group, place, weight, regulariser) of what can be restricted."""
@@ -282,21 +285,54 @@ class Multilevel:
                 if layer.seen is not None and elementwise(reg):
                     with torch.enable_grad():
                         chosen[layer] = self.timings.choose(layer.module, layer.form, p, layer.seen)
-        gain = sum(choice.seconds for choice in chosen.values()) < GAIN * sum(x.dense for x in chosen.values())
-        if not candidates or (self.coarse_steps is None and not gain and self._whole is None):
-            self.choices = {layer.name: replace(choice, kind="dense") for layer, choice in chosen.items()}
+        able = {layer for layer, choice in chosen.items() if choice.kind == "sparse" or layer.form.chained}
+        self.choices = {layer.name: replace(choice, kind="dense") for layer, choice in chosen.items()}
+        rows = any(by_rows(reg) for *_, reg in candidates)
+        if not candidates or (self.coarse_steps is None and not able and not rows):
             return False
-        self.choices = {layer.name: choice for layer, choice in chosen.items()}
         self.optimizer.refresh(moved)
         for i, place, p, _ in candidates:
-            layers = [x for x in self._layers_of(p) if x in chosen and chosen[x].kind == "sparse"]
-            self._enter(i, place, self._live(i, p, layers), layers)
-        compact = self._compact(measure=True)
-        if self.coarse_steps is None and not gain and not compact:
+            layers = [layer for layer in self._layers_of(p) if layer in able]
+            self._enter(i, place, self._live(i, p, layers))
+        self.optimizer._forget()
+        sparse = self._choose(chosen, able)
+        for layer in sparse:
+            self.choices[layer.name] = replace(chosen[layer], kind="sparse")
+        compact = rows and self._compact(measure=True)
+        if self.coarse_steps is None and not sparse and not compact:
             self.leave()
             return False
-        self.optimizer._forget()
         return True
+
+    def _choose(self, chosen: dict[Layer, Choice], able: set[Layer]) -> set[Layer]:
+        """The layers that compute with their live weights: each where it is faster, but only if the network is, too.
+
+        A sparse convolution may gain by what its neighbours save on the layout of activations, or lose by that. So the
+        whole network is tried with all of them and without.
+        """
+        alone = {layer for layer in able if chosen[layer].kind == "sparse"}
+        whole, options = self._whole, [alone, able] if alone != able else [alone]
+        lives = {part.live.full: part.live for part in self._parts}
+        if whole is None or not whole.inputs or not able:
+            best = alone
+        else:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            parameters = list({*trained, *self.model.parameters()})
+            shown = [lives[layer.weight].where for layer in able]
+            density = sum(where.size for where in shown) / max(1, sum(where.full_shape.numel() for where in shown))
+            times = []
+            for option in ([], *options):
+                for layer in self._layers:
+                    layer.live = lives[layer.weight] if layer in option else None
+                key = "+".join(sorted(layer.name for layer in option)) or "dense"
+                times.append(self.timings.passes(key, self.model, whole.inputs, parameters, density))
+            i = min(range(len(options)), key=lambda i: times[i + 1])
+            best = options[i] if times[i + 1] < choosing.MARGIN * times[0] else set()
+            kind = "sparse" if best else "dense"
+            self.choices["(network)"] = Choice(kind, density, times[0], times[i + 1])
+        for layer in self._layers:
+            layer.live = lives[layer.weight] if layer in best else None
+        return best
 
     def _compact(self, *, measure: bool) -> bool:
         """Train a smaller dense network in place of the model, if dead units make one and it is faster."""
@@ -309,7 +345,7 @@ class Multilevel:
         names = {n: m.weight for n, m in self.model.named_modules() if getattr(m, "weight", None) in rows}
         weights = set(names.values())
         given = [part.live for part in self._parts if part.live.full in weights or part.regularizer is None]
-        watches: list[Watch] = [whole, *self._layers]
+        watches: list[Watch] = [whole, *self._layers, *self._pools]
         for watch in watches:
             watch.release()
         try:
@@ -345,7 +381,7 @@ class Multilevel:
                     live.finish()
                 return False
         for live in new:
-            self._enter(*places[live.full], live, [])
+            self._enter(*places[live.full], live)
         whole.narrow, whole.expected = narrow, False
         return True
 
@@ -372,7 +408,7 @@ class Multilevel:
         reg = known[0] if known else self.optimizer.regularizers[group]
         return Live(full, layers[0].form.pattern(full, index) if layers else support(full, reg, index))
 
-    def _enter(self, group: int, place: int, live: Live, layers: list[Layer]) -> None:
+    def _enter(self, group: int, place: int, live: Live) -> None:
         """Put the live part of a weight in its place, with its state."""
         optimizer = self.optimizer
         known = [part.regularizer for part in self._parts if part.group == group]
@@ -388,8 +424,6 @@ class Multilevel:
         part = Part(group, place, live, reg, held, small)
         self._parts.append(part)
         self._show(part, full=False)
-        for layer in layers:
-            layer.live = live
 
     def _show(self, part: Part, *, full: bool) -> None:
         """Let the optimizer hold the weight itself, with its state brought up to date, or its live part."""
@@ -474,6 +508,11 @@ class Multilevel:
                 return
         for live in edited:
             live.read()
+
+
+def by_rows(regularizer: Regularizer | None) -> bool:
+    """Whether its groups are the units of a layer."""
+    return isinstance(regularizer, Grouped) and regularizer.groups in ("rows", "filters")
 
 
 def cycle(progress: float | None) -> int:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from .graph import untouched
 from .layers import Form, Seen
 from .support import Support
 
@@ -45,13 +47,27 @@ class Timings:
         """The faster way through `module` for such an input."""
         density = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
         key = (
-            f"{type(module).__name__} {tuple(weight.shape)} {weight.dtype} {seen.shape} {seen.needs_grad} "
+            f"{form.name} {tuple(weight.shape)} {weight.dtype} {seen.shape} {seen.needs_grad} "
             f"{torch.get_num_threads()} threads"
         )
         dense = self._time(f"{key} dense", lambda: _dense(module, form, weight, seen))
-        step = round(2 * math.log2(max(density, 2.0**-30)))
-        sparse = self._time(f"{key} {2 ** (step / 2):.2%}", lambda: _sparse(module, form, weight, seen))
+        sparse = self._time(f"{key} {_rounded(density)}", lambda: _sparse(module, form, weight, seen))
         return Choice("sparse" if sparse < MARGIN * dense else "dense", density, dense, sparse)
+
+    def passes(
+        self, key: str, model: nn.Module, inputs: tuple[Tensor, ...], parameters: list[Tensor], density: float
+    ) -> float:
+        """Seconds of a training pass through the whole network as it computes now, which changes nothing."""
+        wanted = [p for p in parameters if p.requires_grad]
+
+        def run() -> None:
+            with untouched(model), torch.enable_grad():
+                y = model(*inputs)
+                outputs = [t.sum() for t in tree_leaves(y) if isinstance(t, Tensor) and t.requires_grad]
+                torch.autograd.grad(outputs, wanted, allow_unused=True)
+
+        shapes = [tuple(x.shape) for x in inputs]
+        return self._time(f"network {key} {shapes} {torch.get_num_threads()} threads {_rounded(density)}", lambda: run)
 
     def _time(self, key: str, make: Callable[[], Callable[[], object]]) -> float:
         if key not in self.seconds:
@@ -64,9 +80,15 @@ class Timings:
         return self.seconds[key]
 
 
+def _rounded(density: float) -> str:
+    """As a power of √2."""
+    return f"{2 ** (round(2 * math.log2(max(density, 2.0**-30))) / 2):.2%}"
+
+
 def _inputs(weight: Tensor, seen: Seen) -> Tensor:
     x = torch.randn(seen.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
-    return x.requires_grad_(seen.needs_grad)
+    lies = torch.empty_strided(seen.shape, seen.stride, dtype=weight.dtype) if 0 not in seen.stride else x
+    return lies.copy_(x).requires_grad_(seen.needs_grad)
 
 
 def _dense(module: nn.Module, form: Form, full: Tensor, seen: Seen) -> Callable[[], object]:

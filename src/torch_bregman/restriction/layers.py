@@ -7,6 +7,9 @@ what they are. Copies and pickles of it are of the stock class.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,14 +20,16 @@ from torch.nn import functional as F
 
 from .. import kernels
 from ..kernels import DTYPES
+from .conv import ConvPattern, max_pool2d, sparse_conv2d
 from .csr import Pattern, sparse_linear
 from .support import Support
 
 
 class Seen(NamedTuple):
-    """An input of a layer: its shape, and whether a gradient with respect to it is needed."""
+    """An input of a layer: its shape, how it lies in memory, and whether a gradient with respect to it is needed."""
 
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     needs_grad: bool
 
 
@@ -33,12 +38,15 @@ class Form:
     """How a kind of module computes with a weight that is given to it, dense or as the values on a pattern.
 
     `whole`: whether the sparse form can add the gradient of the whole weight to a tensor on the way back.
+    `chained`: whether its neighbours gain or lose by the layout of what it returns.
     """
 
+    name: str
     pattern: Callable[[Tensor, Tensor | None], Any]
     dense: Callable[[Any, Tensor, Tensor], Tensor]
     sparse: Callable[[Any, Tensor, Tensor, Any, Tensor | None], Tensor]
     whole: bool
+    chained: bool
 
 
 def _sparse_linear(module: Any, x: Tensor, values: Tensor, pattern: Pattern, whole: Tensor | None) -> Tensor:
@@ -47,13 +55,27 @@ def _sparse_linear(module: Any, x: Tensor, values: Tensor, pattern: Pattern, who
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
 
 
+def _sparse_conv(module: Any, x: Tensor, values: Tensor, pattern: ConvPattern, whole: Tensor | None) -> Tensor:
+    return sparse_conv2d(x, values, module.bias, pattern, module.stride, module.padding, module.dilation, module.groups)
+
+
 FORMS: dict[Any, Form] = {
     nn.Linear.forward: Form(
+        name="Linear",
         pattern=Pattern,
         dense=lambda module, x, weight: F.linear(x, weight, module.bias),
         sparse=_sparse_linear,
         whole=True,
-    )
+        chained=False,
+    ),
+    nn.Conv2d.forward: Form(
+        name="Conv2d",
+        pattern=ConvPattern,
+        dense=lambda module, x, weight: module._conv_forward(x, weight, module.bias),
+        sparse=_sparse_conv,
+        whole=False,
+        chained=True,
+    ),
 }
 
 
@@ -63,7 +85,15 @@ def form_of(module: nn.Module) -> Form | None:
         return None
     form = FORMS.get(getattr(type(module), "forward", None))
     weight = module._parameters.get("weight")
-    return form if form is not None and type(weight) is nn.Parameter and weight.device.type == "cpu" else None
+    if form is None or type(weight) is not nn.Parameter or weight.device.type != "cpu":
+        return None
+    if isinstance(module, nn.Conv2d):
+        around = module.padding
+        even = around != "same" or all(
+            d * (k - 1) % 2 == 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+        )
+        return form if module.padding_mode == "zeros" and even else None
+    return form
 
 
 class Live:
@@ -141,6 +171,7 @@ class Layer(Watch):
 
     def __init__(self, name: str, module: nn.Module, form: Form, on_edit: Callable[[], None]) -> None:
         super().__init__(module)
+        self.weight: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
         self.name, self.form, self.on_edit = name, form, on_edit
         self.seen: Seen | None = None
         self.live: Live | None = None
@@ -156,8 +187,8 @@ class Layer(Watch):
             self.seen = None
             return None
         training = torch.is_grad_enabled()
-        if training:
-            self.seen = Seen(tuple(x.shape), x.requires_grad)
+        if training and self.live is None and (self.seen is None or x.numel() >= math.prod(self.seen.shape)):
+            self.seen = Seen(tuple(x.shape), x.stride(), x.requires_grad)
         if self.live is None or self.live.full is not weight:
             return None
         if self.live.edited(closely=not training):
@@ -172,6 +203,70 @@ class Layer(Watch):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         return self.form.sparse(module, x, live.values.detach(), live.where, weight.grad)
+
+
+class Pool(Watch):
+    """A MaxPool2d: takes the batch-last output of a sparse convolution as it lies, with the ReLU before it in one pass.
+
+    torch's would copy it to another layout, which takes longer than the convolution.
+    """
+
+    def __init__(self, module: nn.MaxPool2d) -> None:
+        super().__init__(module)
+        self.relu = False  # whether the next input has still to go through the ReLU
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x lies batch-last and the pooling is a plain one."""
+        pool: Any = self.module
+        plain = type(x) is Tensor and x.dim() == 4 and x.dtype in DTYPES and x.device.type == "cpu"
+        if not plain or x.is_contiguous() or not x.permute(1, 2, 3, 0).is_contiguous():
+            return False
+        kernel, around = (v if isinstance(v, tuple) else (v, v) for v in (pool.kernel_size, pool.padding))
+        ones = pool.dilation if isinstance(pool.dilation, tuple) else (pool.dilation,)
+        small = all(2 * p <= k for p, k in zip(around, kernel, strict=True))
+        return small and set(ones) == {1} and not pool.ceil_mode and not pool.return_indices
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        relu, self.relu = self.relu, False
+        if torch.compiler.is_compiling() or not self.takes(x):
+            return None
+        pool: Any = self.module
+        return max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, relu=relu)
+
+
+class ReLU(Watch):
+    """A ReLU that leaves its work to the MaxPool2d which follows it in a Sequential."""
+
+    def __init__(self, module: nn.ReLU, pool: Pool) -> None:
+        super().__init__(module)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() or not self.pool.takes(x):
+            return None
+        self.pool.relu = True
+        return x
+
+
+def pools(model: nn.Module) -> list[Watch]:
+    """The max-poolings of a network, and the ReLUs that stand directly before one and nowhere else."""
+    if not kernels.available():
+        return []
+    found: dict[nn.Module, Pool] = {}
+    uses = Counter(m for owner in model.modules() for m in owner._modules.values() if m is not None)
+    for module in model.modules():
+        if type(module) is nn.MaxPool2d and "forward" not in module.__dict__ and uses[module] == 1:
+            found[module] = Pool(module)
+    before: list[Watch] = []
+    for owner in model.modules():
+        if type(owner) is not nn.Sequential or owner._forward_hooks:
+            continue
+        children = list(owner)
+        for first, second in itertools.pairwise(children):
+            free = not first._forward_hooks and not first._backward_hooks and not second._forward_pre_hooks
+            if type(first) is nn.ReLU and second in found and uses[first] == 1 and free:
+                before.append(ReLU(first, found[second]))
+    return [*found.values(), *before]
 
 
 class _Watched:

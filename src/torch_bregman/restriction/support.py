@@ -100,6 +100,8 @@ def separable(regularizer: Regularizer) -> bool:
 
 def elementwise(regularizer: Regularizer) -> bool:
     """Whether every entry is a group of its own."""
+    if isinstance(regularizer, Grouped):
+        return False
     probe = torch.tensor([[True, False], [False, False]])
     return bool(torch.equal(regularizer.coupled(probe), probe))
 
