@@ -127,6 +127,11 @@ class Multilevel:
         """Whether the optimizer holds the live parts: the coarse phase."""
         return bool(self._parts)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether a layer computes with its live weights alone, now or in the step to come."""
+        return any(layer.live is not None for layer in self._layers)
+
     def step(self) -> None:
         """Count a step, and go on to the next phase if it is time to. Call it after every `optimizer.step()`."""
         self.counts["coarse" if self.restricted else "fine"] += 1

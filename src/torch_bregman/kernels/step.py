@@ -242,3 +242,11 @@ def compiled(loop):
         return numba.cfunc("void(voidptr)", cache=True, **_options)(loop)
     except RuntimeError:  # nowhere to write the cache
         return numba.cfunc("void(voidptr)", **_options)(loop)
+
+
+def function(python):
+    """`python` compiled at its first call, kept in Numba's file cache where there is a place for it."""
+    try:
+        return numba.njit(cache=True, nogil=True, **_options)(python)
+    except RuntimeError:
+        return numba.njit(nogil=True, **_options)(python)

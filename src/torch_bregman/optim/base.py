@@ -201,7 +201,7 @@ class BregmanOptimizer(Optimizer):
             return bool(group["fused"])
         if not params or params[0].device.type != "cpu" or torch.compiler.is_compiling() or not kernels.available():
             return False
-        if group["entries_updated"] >= fused.EARNED:
+        if group["entries_updated"] >= fused.EARNED or (self.levels is not None and self.levels.sparse):
             return True
         group["entries_updated"] += sum(p.numel() for p in params)
         return False

@@ -116,7 +116,7 @@ class Plan:
         """k ← k + 1, the number of this step for every tensor: views of one tensor, so that one addition does."""
         found = [state.get("step") for state in self.states]
         if self.counts is None or any(map(_is_not, found, self.counts[1])):
-            together = torch.tensor([0.0 if k is None else float(k) for k in found])
+            together = torch.tensor([0.0 if k is None else float(k) for k in found], dtype=torch.float32)
             self.counts = together, list(together.unbind())
             for state, view in zip(self.states, self.counts[1], strict=True):
                 state["step"] = view

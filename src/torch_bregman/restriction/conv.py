@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels import DTYPES, LINE_BYTES, threads
-from .csr import ALONE, _starts
+from .csr import ALONE
 from .support import Support
 
 PIXELS = 512 << 10  # bytes of input that a piece reads at most, if it can: a part of the level-2 cache
@@ -116,6 +116,13 @@ class ConvPattern(Support):
             start, row[order], steps[0][order], steps[1][order], order, (1, 1), stride,
             (lows[0], lows[1]), (spans[0], spans[1]), spans[0],
         )  # fmt: skip
+
+
+def _starts(rows: Tensor, n: int) -> Tensor:
+    """Where each of `n` rows starts in a list sorted by rows."""
+    starts = torch.zeros(n + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(rows, minlength=n), 0, out=starts[1:])
+    return starts
 
 
 def _pair(name: str, value: Any, least: int) -> Pair:

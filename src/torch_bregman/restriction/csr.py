@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import DTYPES, threads
+from ..kernels import BAND, DTYPES, threads
 from .support import Support
 
 ALONE = 1 << 15  # multiplications up to which a second thread does not pay
@@ -29,29 +30,36 @@ class Pattern(Support):
         if len(self) >= 1 << 31:
             raise ValueError(f"`weight` has {len(self):,} live entries; expected fewer than 2^31.")
         self.shape = tuple(weight.shape)
-        rows = self.index.div(self.shape[1], rounding_mode="floor")
-        columns = self.index - rows * self.shape[1]
-        backwards = torch.argsort(columns, stable=True)
-        identity = torch.arange(len(self), dtype=torch.int32)
-        # (start of every row, column of every entry, where its value is), of W and of Wᵀ
-        self.forward = _starts(rows, self.shape[0]), columns.int(), identity
-        self.backward = _starts(columns[backwards], self.shape[1]), rows[backwards].int(), backwards.int()
+
+    @functools.cached_property
+    def lists(self) -> tuple[Lists, Lists]:
+        """Compressed rows of W and of Wᵀ."""
+        from ..kernels import csr
+
+        start, column, across, row, source, place = map(torch.from_numpy, csr.built()(self.index.numpy(), *self.shape))
+        bands = across[::BAND]
+        longest = int(torch.diff(bands, append=across[-1:]).max()) if self.shape[1] else 0
+        return Lists(start, column), Lists(across, row, source, place, longest)
 
 
-def _starts(rows: Tensor, n: int) -> Tensor:
-    starts = torch.zeros(n + 1, dtype=torch.int64)
-    torch.cumsum(torch.bincount(rows, minlength=n), 0, out=starts[1:])
-    return starts
+class Lists(NamedTuple):
+    """Where rows start and the columns of their entries; `source` and `place`: see kernels/csr.py."""
+
+    start: Tensor
+    column: Tensor
+    source: Tensor | None = None
+    place: Tensor | None = None
+    longest: int = 0
 
 
-def _run(loop: Any, lists: tuple[Tensor, Tensor, Tensor], values: Tensor, x: Tensor, y: Tensor, bias: Any) -> None:
+def _run(loop: Any, lists: Lists, values: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
     """One kernel over the rows of `lists`; x and y are batch-last."""
-    start, columns, order = lists
-    rows = len(start) - 1
-    work = len(columns) * x.shape[1]
-    chunk = max(1, min(64, rows // 16))
-    addresses = [0 if t is None else t.data_ptr() for t in (start, columns, order, values, x, y, bias)]
-    head = np.array([0, rows, chunk, x.shape[1], *addresses], np.int64)
+    rows = len(lists.start) - 1
+    work = len(lists.column) * x.shape[1]
+    chunk = BAND if lists.source is not None else max(1, min(BAND, rows // 16))
+    tensors = (lists.start, lists.column, values, x, y, bias, lists.source, lists.place)
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    head = np.array([0, rows, chunk, x.shape[1], *addresses, lists.longest], np.int64)
     threads.run(loop, head.ctypes.data, alone=work <= ALONE)
 
 
@@ -70,7 +78,14 @@ class _SparseLinear(torch.autograd.Function):
         xt = _batch_last(x)
         y = xt.new_empty(pattern.shape[0], xt.shape[1])
         values = values.contiguous()
-        _run(csr.product(DTYPES[x.dtype]), pattern.forward, values, xt, y, None if bias is None else bias.contiguous())
+        _run(
+            csr.product(DTYPES[x.dtype]),
+            pattern.lists[0],
+            values,
+            xt,
+            y,
+            None if bias is None else bias.contiguous(),
+        )
         ctx.save_for_backward(xt, values)
         ctx.pattern, ctx.whole = pattern, whole
         return y.t()
@@ -86,11 +101,11 @@ class _SparseLinear(torch.autograd.Function):
         to_x = to_values = to_bias = None
         if ctx.needs_input_grad[0]:
             to_x = torch.empty_like(xt)
-            _run(csr.product(name), pattern.backward, values, gt, to_x, None)
+            _run(csr.product(name), pattern.lists[1], values, gt, to_x, None)
             to_x = to_x.t()
         if ctx.needs_input_grad[1]:
             to_values = torch.empty_like(values)
-            _run(csr.sampled(name), pattern.forward, to_values, xt, gt, None)
+            _run(csr.sampled(name), pattern.lists[0], to_values, xt, gt, None)
         if ctx.needs_input_grad[2]:
             to_bias = gt.sum(1)
         if ctx.whole is not None:

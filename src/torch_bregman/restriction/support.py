@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .. import kernels
+from ..kernels import DTYPES, threads
 from ..regularizers import Grouped, Regularizer, group_dims
+
+MANY = 1 << 16  # live entries from which a kernel moves them
+CHUNK = 1 << 13
 
 
 class Support:
@@ -52,6 +58,10 @@ class Support:
         if self.spans:
             return full.permute(*self.keeps, *self.spans)[self._coordinates()].flatten(1)
         flat, places = self._flat(full)
+        if _by_kernel(flat, len(places)):
+            values = flat.new_empty(len(places))
+            _move(places, values, flat, None)
+            return values
         return flat.index_select(0, places)
 
     @torch.no_grad()
@@ -64,7 +74,11 @@ class Support:
             grouped[self._coordinates()] = values.view(-1, *grouped.shape[len(self.keeps) :]).to(full.dtype)
             return
         flat, places = self._flat(full)
-        flat.index_copy_(0, places, values.to(full.dtype))
+        values = values.to(full.dtype)
+        if _by_kernel(flat, len(places)) and values.is_contiguous():
+            _move(places, values, None, flat)
+        else:
+            flat.index_copy_(0, places, values)
         if flat.data_ptr() != full.data_ptr():  # a copy, as `full` has gaps
             full.copy_(flat.view(full.shape))
 
@@ -82,6 +96,20 @@ class Support:
                 self._places[strides] = torch.stack([i * stride for i, stride in at]).sum(0)
             return full.as_strided((full.numel(),), (1,)), self._places[strides]
         return full.reshape(-1), self.index
+
+
+def _by_kernel(flat: Tensor, live: int) -> bool:
+    """torch's own gather and scatter of a vector run on one thread."""
+    return live > MANY and flat.device.type == "cpu" and flat.dtype in DTYPES and kernels.available()
+
+
+def _move(index: Tensor, values: Tensor, source: Tensor | None, target: Tensor | None) -> None:
+    """values[k] = source[index[k]], or target[index[k]] = values[k]."""
+    from ..kernels import csr
+
+    addresses = [0 if t is None else t.data_ptr() for t in (index, values, source, target)]
+    head = np.array([0, len(index), CHUNK, 0, 0, *addresses, 0, 0, 0, 0], np.int64)
+    threads.run(csr.move(DTYPES[values.dtype]), head.ctypes.data, alone=False)
 
 
 def support(weight: Tensor, regularizer: Regularizer | None, index: Tensor | None = None) -> Support:
