@@ -209,6 +209,7 @@ class Multilevel:
             self._enter(i, place, live)
             for layer in layers:
                 layer.live = live
+        self._let_wait()
         self.optimizer._forget()
         if self._whole is not None:
             self._whole.expected = state_dict["compact"]
@@ -290,7 +291,7 @@ class Multilevel:
                 if layer.seen is not None and elementwise(reg):
                     with torch.enable_grad():
                         chosen[layer] = self.timings.choose(layer.module, layer.form, p, layer.seen)
-        able = {layer for layer, choice in chosen.items() if choice.kind == "sparse" or layer.form.chained}
+        able = {layer for layer, choice in chosen.items() if choice.sparse < choosing.ABLE * choice.dense}
         self.choices = {layer.name: replace(choice, kind="dense") for layer, choice in chosen.items()}
         rows = any(by_rows(reg) for *_, reg in candidates)
         if not candidates or (self.coarse_steps is None and not able and not rows):
@@ -312,8 +313,8 @@ class Multilevel:
     def _choose(self, chosen: dict[Layer, Choice], able: set[Layer]) -> set[Layer]:
         """The layers that compute with their live weights: each where it is faster, but only if the network is, too.
 
-        A sparse convolution may gain by what its neighbours save on the layout of activations, or lose by that. So the
-        whole network is tried with all of them and without.
+        A sparse layer also gains or loses by the layout of activations that it and its neighbours like. So the whole
+        network is tried: dense, with those that are faster by themselves, and with all that are `able`.
         """
         alone = {layer for layer in able if chosen[layer].kind == "sparse"}
         whole, options = self._whole, [alone, able] if alone != able else [alone]
@@ -337,7 +338,15 @@ class Multilevel:
             self.choices["(network)"] = Choice(kind, density, times[0], times[i + 1])
         for layer in self._layers:
             layer.live = lives[layer.weight] if layer in best else None
+        self._let_wait()
         return best
+
+    def _let_wait(self) -> None:
+        """Weights that no layer reads are written when somebody looks at them."""
+        for part in self._parts:
+            layers = self._layers_of(part.live.full)
+            if layers and all(layer.live is part.live for layer in layers):
+                part.live.wait()
 
     def _compact(self, *, measure: bool) -> bool:
         """Train a smaller dense network in place of the model, if dead units make one and it is faster."""

@@ -9,7 +9,7 @@ import importlib.util
 
 import torch
 
-BAND = 64  # rows of a transposed sparse matrix whose values are fetched together
+BAND = 128  # rows of a transposed sparse matrix whose values are fetched together
 LINE_BYTES = 64  # a cache line
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}  # what the kernels compute in
 

@@ -21,14 +21,20 @@ from . import BAND
 from .step import compiled, function, inlined
 from .vector import LINE_BYTES, claim, fma, load, pointer, prefetch, splat, store, total
 
-COUNTER, ROWS, CHUNK, WIDTH, START, COLUMN, VALUE, X, Y, BIAS, SOURCE, PLACE, LONGEST = range(13)
+COUNTER, ROWS, CHUNK, WIDTH, START, COLUMN, VALUE, X, Y, BIAS, SOURCE, PLACE, LONGEST, BLOCKS = range(14)
 
 
 @inlined
-def _eight(values, columns, x, y, b, width, at, first, last, lanes):
-    """Eight vectors of one row of Y."""
-    s0, s1, s2, s3 = splat(b), splat(b), splat(b), splat(b)
-    s4, s5, s6, s7 = splat(b), splat(b), splat(b), splat(b)
+def _eight(values, columns, x, y, b, width, at, first, last, lanes, fresh):
+    """Eight vectors of one row of Y: the sum begins with b if `fresh`, else with what Y holds."""
+    s0 = splat(b) if fresh else load(y, at)
+    s1 = splat(b) if fresh else load(y, at + lanes)
+    s2 = splat(b) if fresh else load(y, at + 2 * lanes)
+    s3 = splat(b) if fresh else load(y, at + 3 * lanes)
+    s4 = splat(b) if fresh else load(y, at + 4 * lanes)
+    s5 = splat(b) if fresh else load(y, at + 5 * lanes)
+    s6 = splat(b) if fresh else load(y, at + 6 * lanes)
+    s7 = splat(b) if fresh else load(y, at + 7 * lanes)
     for k in range(first, last):
         w = splat(values[k])
         i = columns[k] * width + at
@@ -50,19 +56,34 @@ def _eight(values, columns, x, y, b, width, at, first, last, lanes):
     store(y, at + 7 * lanes, s7)
 
 
+@inlined
+def _one(values, columns, x, y, b, width, at, first, last, fresh):
+    """One vector of a row of Y."""
+    sums = splat(b) if fresh else load(y, at)
+    for k in range(first, last):
+        sums = fma(splat(values[k]), load(x, columns[k] * width + at), sums)
+    store(y, at, sums)
+
+
 @functools.cache
 def product(name: str) -> Any:
-    """Y = W X + b. With SOURCE the values are those of Wᵀ, in the order of `lists`, and CHUNK is BAND."""
+    """Y = W X + b. With SOURCE the values are those of Wᵀ, and CHUNK is BAND.
+
+    The columns of W are taken in BLOCKS, so that the rows of X in use stay in the second cache while all rows of a
+    chunk pass by, and the batch in windows of eight vectors.
+    """
     dtype = np.dtype(name)
     width_of, lanes = dtype.itemsize, LINE_BYTES // dtype.itemsize
 
     def loop(data):
-        head = carray(data, (13,), np.int64)
-        rows, width = head[ROWS], head[WIDTH]
-        start = carray(pointer(head[START]), (rows + 1,), np.int64)
-        source = carray(pointer(head[SOURCE]), (start[rows],), np.int32)
-        place = carray(pointer(head[PLACE]), (start[rows],), np.int32)
-        every = carray(pointer(head[VALUE]), (start[rows],), dtype)
+        head = carray(data, (14,), np.int64)
+        rows, width, blocks = head[ROWS], head[WIDTH], head[BLOCKS]
+        start = carray(pointer(head[START]), (rows * blocks + 1,), np.int64)
+        live = start[rows * blocks]
+        columns = carray(pointer(head[COLUMN]), (live,), np.int32)
+        source = carray(pointer(head[SOURCE]), (live,), np.int32)
+        place = carray(pointer(head[PLACE]), (live,), np.int32)
+        every = carray(pointer(head[VALUE]), (live,), dtype)
         room = np.empty(head[LONGEST], dtype)
         x = carray(pointer(head[X]), (1 << 40,), dtype)
         bias = carray(pointer(head[BIAS]), (rows,), dtype)
@@ -72,30 +93,33 @@ def product(name: str) -> Any:
             if chunk * head[CHUNK] >= rows:
                 break
             begin, end = chunk * head[CHUNK], min((chunk + 1) * head[CHUNK], rows)
+            values, before = every, np.int64(0)
             if head[SOURCE]:
-                for k in range(start[begin], start[end]):
+                values, before = room, start[begin * blocks]
+                for k in range(before, start[end * blocks]):
                     room[place[k]] = every[source[k]]
-            for row in range(begin, end):
-                y = carray(pointer(head[Y] + row * width * width_of), (width,), dtype)
-                b = bias[row] if head[BIAS] else dtype.type(0)
-                n = start[row + 1] - start[row]
-                columns = carray(pointer(head[COLUMN] + 4 * start[row]), (n,), np.int32)
-                values = room[start[row] - start[begin] :] if head[SOURCE] else every[start[row] :]
-                at = 0
-                while at + 8 * lanes <= whole:
-                    _eight(values, columns, x, y, b, width, at, 0, n, lanes)
-                    at += 8 * lanes
-                while at < whole:
-                    sums = splat(b)
-                    for k in range(n):
-                        sums = fma(splat(values[k]), load(x, columns[k] * width + at), sums)
-                    store(y, at, sums)
-                    at += lanes
-                for j in range(whole, width):
-                    single = b
-                    for k in range(n):
-                        single += values[k] * x[columns[k] * width + j]
-                    y[j] = single
+            there = columns[before:]
+            at = 0
+            while at < whole:
+                wide = at + 8 * lanes <= whole
+                for block in range(blocks):
+                    for row in range(begin, end):
+                        y = carray(pointer(head[Y] + row * width * width_of), (width,), dtype)
+                        b = bias[row] if head[BIAS] else dtype.type(0)
+                        first, last = start[row * blocks + block] - before, start[row * blocks + block + 1] - before
+                        if wide:
+                            _eight(values, there, x, y, b, width, at, first, last, lanes, block == 0)
+                        else:
+                            _one(values, there, x, y, b, width, at, first, last, block == 0)
+                at += 8 * lanes if wide else lanes
+            if whole < width:
+                for row in range(begin, end):
+                    y = carray(pointer(head[Y] + row * width * width_of), (width,), dtype)
+                    for j in range(whole, width):
+                        single = bias[row] if head[BIAS] else dtype.type(0)
+                        for k in range(start[row * blocks] - before, start[(row + 1) * blocks] - before):
+                            single += values[k] * x[there[k] * width + j]
+                        y[j] = single
 
     return compiled(loop)
 
@@ -107,78 +131,89 @@ def sampled(name: str) -> Any:
     width_of, lanes = dtype.itemsize, LINE_BYTES // dtype.itemsize
 
     def loop(data):
-        head = carray(data, (13,), np.int64)
-        rows, width = head[ROWS], head[WIDTH]
-        start = carray(pointer(head[START]), (rows + 1,), np.int64)
-        columns = carray(pointer(head[COLUMN]), (start[rows],), np.int32)
-        values = carray(pointer(head[VALUE]), (start[rows],), dtype)
+        head = carray(data, (14,), np.int64)
+        rows, width, blocks = head[ROWS], head[WIDTH], head[BLOCKS]
+        start = carray(pointer(head[START]), (rows * blocks + 1,), np.int64)
+        columns = carray(pointer(head[COLUMN]), (start[rows * blocks],), np.int32)
+        values = carray(pointer(head[VALUE]), (start[rows * blocks],), dtype)
         x = carray(pointer(head[X]), (1 << 40,), dtype)
         whole = width // lanes * lanes
         while True:
             chunk = claim(head)
             if chunk * head[CHUNK] >= rows:
                 break
-            for row in range(chunk * head[CHUNK], min((chunk + 1) * head[CHUNK], rows)):
+            begin, end = chunk * head[CHUNK], min((chunk + 1) * head[CHUNK], rows)
+            for k in range(start[begin * blocks], start[end * blocks]):
+                values[k] = 0
+            at = 0
+            while at < whole:
+                wide = at + 8 * lanes <= whole
+                for block in range(blocks):
+                    for row in range(begin, end):
+                        g = carray(pointer(head[Y] + row * width * width_of), (width,), dtype)
+                        first, last = start[row * blocks + block], start[row * blocks + block + 1]
+                        g0 = load(g, at)
+                        if not wide:
+                            for k in range(first, last):
+                                values[k] += total(g0 * load(x, columns[k] * width + at))
+                            continue
+                        g1, g2, g3 = load(g, at + lanes), load(g, at + 2 * lanes), load(g, at + 3 * lanes)
+                        g4, g5 = load(g, at + 4 * lanes), load(g, at + 5 * lanes)
+                        g6, g7 = load(g, at + 6 * lanes), load(g, at + 7 * lanes)
+                        for k in range(first, last):
+                            i = columns[k] * width + at
+                            a = fma(g0, load(x, i), g1 * load(x, i + lanes))
+                            b = fma(g2, load(x, i + 2 * lanes), g3 * load(x, i + 3 * lanes))
+                            c = fma(g4, load(x, i + 4 * lanes), g5 * load(x, i + 5 * lanes))
+                            d = fma(g6, load(x, i + 6 * lanes), g7 * load(x, i + 7 * lanes))
+                            values[k] += total((a + b) + (c + d))
+                at += 8 * lanes if wide else lanes
+            for row in range(begin, end):
                 g = carray(pointer(head[Y] + row * width * width_of), (width,), dtype)
-                for k in range(start[row], start[row + 1]):
-                    values[k] = 0
-                at = 0
-                while at + 8 * lanes <= whole:
-                    g0, g1, g2, g3 = load(g, at), load(g, at + lanes), load(g, at + 2 * lanes), load(g, at + 3 * lanes)
-                    g4, g5 = load(g, at + 4 * lanes), load(g, at + 5 * lanes)
-                    g6, g7 = load(g, at + 6 * lanes), load(g, at + 7 * lanes)
-                    for k in range(start[row], start[row + 1]):
-                        i = columns[k] * width + at
-                        a = fma(g0, load(x, i), g1 * load(x, i + lanes))
-                        b = fma(g2, load(x, i + 2 * lanes), g3 * load(x, i + 3 * lanes))
-                        c = fma(g4, load(x, i + 4 * lanes), g5 * load(x, i + 5 * lanes))
-                        d = fma(g6, load(x, i + 6 * lanes), g7 * load(x, i + 7 * lanes))
-                        values[k] += total((a + b) + (c + d))
-                    at += 8 * lanes
-                while at < whole:
-                    g0 = load(g, at)
-                    for k in range(start[row], start[row + 1]):
-                        values[k] += total(g0 * load(x, columns[k] * width + at))
-                    at += lanes
-                for k in range(start[row], start[row + 1]):
+                for k in range(start[row * blocks], start[(row + 1) * blocks]):
                     for j in range(whole, width):
                         values[k] += g[j] * x[columns[k] * width + j]
 
     return compiled(loop)
 
 
-def lists(index, out, n):
-    """The pattern of a matrix [out, n] from its live entries, numbered row by row, as compressed rows of W and of Wᵀ.
+def lists(index, out, n, across, down):
+    """The pattern of a matrix [out, n] from its live entries, numbered row by row: compressed rows of W and of Wᵀ.
+
+    A row is cut into blocks of `across` columns of W, or `down` columns of Wᵀ; `start` is that of every block.
 
     Returns (start, column) of W, (start, column) of Wᵀ, and how a band of rows of Wᵀ fetches its values: the k-th one
     that it reads is `source[k]` of W and goes to `place[k]` within the band. It reads them in ascending order: one by
     one they would be in another page of memory each.
     """
-    live = len(index)
-    start, across = np.zeros(out + 1, np.int64), np.zeros(n + 1, np.int64)
+    live, wide, high = len(index), -(-n // across), -(-out // down)
+    start, other = np.zeros(out * wide + 1, np.int64), np.zeros(n * high + 1, np.int64)
     column, row_of = np.empty(live, np.int32), np.empty(live, np.int32)
     source, place = np.empty(live, np.int32), np.empty(live, np.int32)
     row, end = 0, n
     for k in range(live):
         while index[k] >= end:
             row += 1
-            start[row] = k
             end += n
-        column[k] = index[k] - (end - n)
-        across[column[k] + 1] += 1
-    start[row + 1 :] = live
-    for i in range(n):
-        across[i + 1] += across[i]
-    fill, bands = across[:-1].copy(), across[:-1:BAND].copy()
-    for row in range(out):
-        for k in range(start[row], start[row + 1]):
-            band = column[k] // BAND
-            row_of[fill[column[k]]] = row
-            source[bands[band]] = k
-            place[bands[band]] = fill[column[k]] - across[band * BAND]
-            fill[column[k]] += 1
-            bands[band] += 1
-    return start, column, across, row_of, source, place
+        j = index[k] - (end - n)
+        column[k], row_of[k] = j, row
+        start[row * wide + j // across + 1] += 1
+        other[j * high + row // down + 1] += 1
+    for i in range(out * wide):
+        start[i + 1] += start[i]
+    for i in range(n * high):
+        other[i + 1] += other[i]
+    fill, bands = other[::high].copy(), other[:: BAND * high].copy()
+    rows = np.empty(live, np.int32)
+    for k in range(live):
+        j = column[k]
+        band = j // BAND
+        rows[fill[j]] = row_of[k]
+        source[bands[band]] = k
+        place[bands[band]] = fill[j] - other[band * BAND * high]
+        fill[j] += 1
+        bands[band] += 1
+    return start, column, other, rows, source, place
 
 
 @functools.cache
@@ -187,7 +222,7 @@ def move(name: str) -> Any:
     dtype = np.dtype(name)
 
     def loop(data):
-        head = carray(data, (13,), np.int64)
+        head = carray(data, (14,), np.int64)
         n = head[ROWS]
         index = carray(pointer(head[COLUMN]), (n,), np.int64)
         values = carray(pointer(head[VALUE]), (n,), dtype)

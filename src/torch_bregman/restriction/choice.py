@@ -16,6 +16,7 @@ from .layers import Form, Seen
 from .support import Support
 
 MARGIN = 0.9  # the sparse form must take less than this share of the dense one's time
+ABLE = 3.0  # up to this multiple of it, its neighbours may make up for it
 ROUNDS = 3
 
 

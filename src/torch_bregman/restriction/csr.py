@@ -13,6 +13,8 @@ from .. import kernels
 from ..kernels import BAND, DTYPES, threads
 from .support import Support
 
+BLOCK = 768  # columns of a block: at 128 floats of the batch, 384 KB of X
+ENTRIES = 16  # per row and block, at least: the sums are read and written once for each
 ALONE = 1 << 15  # multiplications up to which a second thread does not pay
 
 
@@ -36,17 +38,29 @@ class Pattern(Support):
         """Compressed rows of W and of Wᵀ."""
         from ..kernels import csr
 
-        start, column, across, row, source, place = map(torch.from_numpy, csr.built()(self.index.numpy(), *self.shape))
-        bands = across[::BAND]
-        longest = int(torch.diff(bands, append=across[-1:]).max()) if self.shape[1] else 0
-        return Lists(start, column), Lists(across, row, source, place, longest)
+        out, n = self.shape
+        across, down = self._block(n), self._block(out)
+        start, column, other, row, source, place = map(
+            torch.from_numpy, csr.built()(self.index.numpy(), out, n, across, down)
+        )
+        high = -(-out // down) if out else 1
+        bands = other[:: BAND * high]
+        longest = int(torch.diff(bands, append=other[-1:]).max()) if n else 0
+        return Lists(out, start, column, -(-n // across)), Lists(n, other, row, high, source, place, longest)
+
+    def _block(self, columns: int) -> int:
+        """Columns whose rows of X stay in the second cache while a chunk of rows passes by; with few entries, more."""
+        block = max(BLOCK, round(ENTRIES / max(self.density, 1e-9)))
+        return block if 1.5 * block < columns else max(columns, 1)
 
 
 class Lists(NamedTuple):
-    """Where rows start and the columns of their entries; `source` and `place`: see kernels/csr.py."""
+    """Where the blocks of rows start, and the columns of the entries; `source` and `place`: see kernels/csr.py."""
 
+    rows: int
     start: Tensor
     column: Tensor
+    blocks: int
     source: Tensor | None = None
     place: Tensor | None = None
     longest: int = 0
@@ -54,12 +68,11 @@ class Lists(NamedTuple):
 
 def _run(loop: Any, lists: Lists, values: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
     """One kernel over the rows of `lists`; x and y are batch-last."""
-    rows = len(lists.start) - 1
     work = len(lists.column) * x.shape[1]
-    chunk = BAND if lists.source is not None else max(1, min(BAND, rows // 16))
+    chunk = BAND if lists.source is not None else max(1, min(BAND, lists.rows // 16))
     tensors = (lists.start, lists.column, values, x, y, bias, lists.source, lists.place)
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    head = np.array([0, rows, chunk, x.shape[1], *addresses, lists.longest], np.int64)
+    head = np.array([0, lists.rows, chunk, x.shape[1], *addresses, lists.longest, lists.blocks], np.int64)
     threads.run(loop, head.ctypes.data, alone=work <= ALONE)
 
 

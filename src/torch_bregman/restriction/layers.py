@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .. import kernels
 from ..kernels import DTYPES
+from . import waiting
 from .conv import ConvPattern, max_pool2d, sparse_conv2d
 from .csr import Pattern, sparse_linear
 from .support import Support
@@ -38,7 +39,6 @@ class Form:
     """How a kind of module computes with a weight that is given to it, dense or as the values on a pattern.
 
     `whole`: whether the sparse form can add the gradient of the whole weight to a tensor on the way back.
-    `chained`: whether its neighbours gain or lose by the layout of what it returns.
     """
 
     name: str
@@ -46,7 +46,6 @@ class Form:
     dense: Callable[[Any, Tensor, Tensor], Tensor]
     sparse: Callable[[Any, Tensor, Tensor, Any, Tensor | None], Tensor]
     whole: bool
-    chained: bool
 
 
 def _sparse_linear(module: Any, x: Tensor, values: Tensor, pattern: Pattern, whole: Tensor | None) -> Tensor:
@@ -66,7 +65,6 @@ FORMS: dict[Any, Form] = {
         dense=lambda module, x, weight: F.linear(x, weight, module.bias),
         sparse=_sparse_linear,
         whole=True,
-        chained=False,
     ),
     nn.Conv2d.forward: Form(
         name="Conv2d",
@@ -74,7 +72,6 @@ FORMS: dict[Any, Form] = {
         dense=lambda module, x, weight: module._conv_forward(x, weight, module.bias),
         sparse=_sparse_conv,
         whole=False,
-        chained=True,
     ),
 }
 
@@ -103,13 +100,15 @@ class Live:
         full: W. Always holds the live values, and zeros elsewhere.
         values: the live part, as `where.restrict(W)` gives it.
         finished: the optimizer holds W again, and its gradient is that of all of W.
-        version: of `full` when it was last written here; another one says that somebody else wrote to it.
+        version: of W when it was last written here; another one says that somebody else wrote to it.
+        stale: the values have moved on since W was written; it is brought up to date when somebody looks at it.
     """
 
     def __init__(self, full: nn.Parameter, where: Support) -> None:
         self.full, self.where = full, where
+        self.plain = full.detach()  # W, for those who know what they do
         self.values = nn.Parameter(where.restrict(full))
-        self.finished = False
+        self.finished = self.stale = self.waits = False
         self.version = full._version
         self._hook: Any = full.register_post_accumulate_grad_hook(self._receive)  # type: ignore[no-untyped-call]
 
@@ -120,24 +119,42 @@ class Live:
         part = self.where.restrict(grad)
         self.values.grad = part if self.values.grad is None else self.values.grad.add_(part)
 
+    def wait(self) -> None:
+        """Nobody reads W in the steps to come: write it only when somebody does."""
+        self.waits = waiting.wait(self.full, self)
+
     def write(self) -> None:
         """The values, to where they belong in W."""
-        self.where.prolong(self.values.detach(), self.full.detach())
-        self.version = self.full._version
+        self.stale = True
+        if not self.waits:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring W up to date."""
+        if self.stale:
+            self.stale = False
+            with torch.no_grad():
+                self.where.prolong(self.values.detach(), self.plain)
+            self.version = self.plain._version
 
     def read(self) -> None:
         """The values, from W."""
-        self.values.detach().copy_(self.where.restrict(self.full))
-        self.version = self.full._version
+        self.values.detach().copy_(self.where.restrict(self.plain))
+        self.version = self.plain._version
 
     def edited(self, *, closely: bool = False) -> bool:
         """Whether W was changed from outside; `closely` compares the values too, which finds changes of `.data`."""
-        if self.full._version != self.version:
+        if self.plain._version != self.version:
             return True
-        return closely and not torch.equal(self.where.restrict(self.full), self.values.detach())
+        if not closely or self.stale:
+            return False
+        return not torch.equal(self.where.restrict(self.plain), self.values.detach())
 
     def finish(self) -> None:
         """Leave gradients where they belong; the values stay for those that still compute with them."""
+        self.flush()
+        waiting.end(self.full)
+        self.waits = False
         self._hook.remove()
         self.finished = True
 
@@ -182,7 +199,8 @@ class Layer(Watch):
         weight = module._parameters["weight"]
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return None
-        fits = x.dtype == weight.dtype and x.dtype in DTYPES and x.device.type == "cpu" and x.dim() > 1
+        dtype = weight.dtype if self.live is None else self.live.plain.dtype
+        fits = x.dtype == dtype and x.dtype in DTYPES and x.device.type == "cpu" and x.dim() > 1
         if not fits or torch.is_autocast_enabled("cpu"):
             self.seen = None
             return None
