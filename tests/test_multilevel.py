@@ -119,7 +119,8 @@ def same(a: Any, b: Any, **tolerance: float) -> None:
     for one, two in zip(states(a), states(b), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
-            torch.testing.assert_close(value, two[name], msg=name, **(tolerance or {"rtol": 1e-9, "atol": 1e-11}))
+            kind = {**(tolerance or {"rtol": 1e-9, "atol": 1e-11})}
+            torch.testing.assert_close(value, two[name], msg=lambda text, name=name: f"{name}: {text}", **kind)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

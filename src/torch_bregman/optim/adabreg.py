@@ -85,6 +85,11 @@ class AdaBreg(BregmanOptimizer):
         torch._foreach_add_(root, eps)
         torch._foreach_addcdiv_(duals, first, root, [-(lr / (1 - beta1**k)) for k in steps])
 
+    def _count(self, state: dict[str, Any]) -> None:
+        count_up([state])
+        for name in ("exp_avg", "exp_avg_sq"):
+            state.setdefault(name, torch.zeros_like(state["dual"]))
+
     def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
         lr, (beta1, beta2) = as_float(group["lr"]), group["betas"]
         plan.point("FIRST", plan.buffer("exp_avg"))

@@ -219,6 +219,9 @@ class BregmanOptimizer(Optimizer):
         plans = fused.plans(self, i, params)
         if plans is None:
             return False
+        for p in params:
+            if not p.numel():
+                self._count(self.state[p])
         gradients = [plan.gradients(self._check_gradient) for plan in plans]  # held until the pass is through
         for plan, grads in zip(plans, gradients, strict=True):
             plan.point("GRAD", grads)
@@ -250,6 +253,9 @@ class BregmanOptimizer(Optimizer):
     def _arm(self, plan: fused.Plan | compiled.Numbers, group: dict[str, Any]) -> str:
         """Give the plan the numbers and buffers of this step; the name of the rule that moves v."""
         raise NotImplementedError
+
+    def _count(self, state: dict[str, Any]) -> None:
+        """A step of a parameter without entries, which no pass sees: a weight of which nothing lives."""
 
     def _pass(self, plan: fused.Plan, rule: str, group: dict[str, Any], reg: Regularizer | None) -> None:
         """Move v by `rule` and write θ; with "HOLD" only θ is written."""

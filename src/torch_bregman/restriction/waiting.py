@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-_SHOWN = (
-    "grad shape dtype device layout ndim requires_grad is_leaf grad_fn is_cuda is_cpu is_sparse is_sparse_csr is_nested "
-    "is_quantized is_meta is_mps is_xpu is_mkldnn retains_grad output_nr _version _backward_hooks "
-    "_post_accumulate_grad_hooks"
-).split()
-_CALLED = (
-    "size dim numel nelement stride is_contiguous element_size is_floating_point is_complex requires_grad_ "
-    "register_hook register_post_accumulate_grad_hook"
-).split()
+_SHOWN = [
+    "grad", "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "is_cuda", "is_cpu",
+    "is_sparse", "is_sparse_csr", "is_nested", "is_quantized", "is_meta", "is_mps", "is_xpu", "is_mkldnn",
+    "retains_grad", "output_nr", "_version", "_backward_hooks", "_post_accumulate_grad_hooks",
+]  # fmt: skip
+_CALLED = [
+    "size", "dim", "numel", "nelement", "stride", "is_contiguous", "element_size", "is_floating_point", "is_complex",
+    "requires_grad_", "register_hook", "register_post_accumulate_grad_hook",
+]  # fmt: skip
 _TENSOR: Any = Tensor
 #: What tells nothing about the entries.
 _BLIND = frozenset(
