@@ -39,7 +39,8 @@ def _double() -> Iterator[None]:
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every layer computes in this form, whatever is faster."""
-    monkeypatch.setattr(choice, "MARGIN", float("inf") if request.param == "sparse" else 0.0)
+    for name in ("MARGIN", "ABLE"):
+        monkeypatch.setattr(choice, name, float("inf") if request.param == "sparse" else 0.0)
     return str(request.param)
 
 

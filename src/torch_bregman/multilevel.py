@@ -42,6 +42,36 @@ class Part:
     small: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Report:
+    """Per layer, and for the whole network, what was chosen and the seconds of a training pass both ways."""
+
+    choices: dict[str, Choice]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """As plain values: layer, computes, density, dense_ms, sparse_ms."""
+        return [
+            {
+                "layer": name, "computes": choice.kind, "density": choice.density,
+                "dense_ms": 1e3 * choice.dense, "sparse_ms": 1e3 * choice.sparse,
+            }
+            for name, choice in self.choices.items()
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        lines = [["layer", "computes", "density", "dense ms", "sparse ms", "faster"]]
+        for name, choice in self.choices.items():
+            times = [f"{1e3 * choice.dense:.3f}", f"{1e3 * choice.sparse:.3f}", f"{choice.dense / choice.sparse:.1f} x"]
+            lines.append([name, choice.kind, f"{choice.density:.3%}", *times])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        )
+
+
 class Multilevel:
     r"""Alternates fine steps, which see the gradient of every weight, and coarse ones on the support alone [ML].
 
@@ -107,6 +137,9 @@ class Multilevel:
         self.left = self.fine_steps  # steps until the phase changes
         #: steps so far: "fine" and "coarse"
         self.counts: Counter[str] = Counter(fine=0, coarse=0)
+        #: floating-point operations of the Linear and Conv layers in the steps so far, and what dense steps would take:
+        #: 3 · 2 · weights · positions for a dense layer, that times the density for a sparse one
+        self.flops = self.dense_flops = 0.0
         #: how each layer computes in the coarse phase, and the timings behind it
         self.choices: dict[str, Choice] = {}
         self.timings = Timings()
@@ -137,6 +170,7 @@ class Multilevel:
         self.counts["coarse" if self.restricted else "fine"] += 1
         if self.coarse_steps == 0:
             return
+        self._add_up()
         self.left -= 1
         if self.left > 0:
             return
@@ -177,10 +211,15 @@ class Multilevel:
         return {
             "left": self.left,
             "counts": dict(self.counts),
+            "flops": [self.flops, self.dense_flops],
             "restricted": self.restricted,
             "compact": self._whole is not None and (self._whole.expected or self._whole.narrow is not None),
             "parts": [self._describe(part) for part in self._parts] or list(self._last),
-            "seen": {layer.name: layer.seen for layer in self._layers if layer.seen is not None},
+            "seen": {
+                layer.name: [list(layer.seen.shape), list(layer.seen.stride), layer.seen.needs_grad]
+                for layer in self._layers
+                if layer.seen is not None
+            },
             "seconds": dict(self.timings.seconds),
         }
 
@@ -192,6 +231,7 @@ class Multilevel:
         """
         self.leave()
         self.left, self.counts = state_dict["left"], Counter(state_dict["counts"])
+        self.flops, self.dense_flops = state_dict["flops"]
         self.timings.seconds = dict(state_dict["seconds"])
         for layer in self._layers:
             seen = state_dict["seen"].get(layer.name)
@@ -217,18 +257,23 @@ class Multilevel:
             self.leave(at_once=False)
 
     @property
-    def report(self) -> str:
-        """How each layer computes in the coarse phases, and the timings that decided it, as a table."""
-        rows = [["layer", "computes", "density", "dense ms", "sparse ms"]]
-        for name, choice in self.choices.items():
-            times = [f"{choice.dense * 1e3:.3f}", f"{choice.sparse * 1e3:.3f}"]
-            rows.append([name, choice.kind, f"{choice.density:.3%}", *times])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = zip(row, widths, strict=True)
-            lines.append("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(cells)))
-        return "\n".join(lines)
+    def report(self) -> Report:
+        """How each layer computed in the last coarse phase, and the timings that decided it. Prints as a table."""
+        return Report(dict(self.choices))
+
+    def _add_up(self) -> None:
+        """The operations of this step, by formula."""
+        narrow = self._whole.narrow if self._whole is not None else None
+        for layer in self._layers:
+            work, share = 3 * layer.work, 1.0
+            if layer.live is not None:
+                share = layer.live.where.density
+                if not self.restricted:  # a fine step on the live weights, but for the gradient
+                    share = (2 * share + 1) / 3 if layer.form.whole else 1.0
+            elif narrow is not None:
+                share = narrow.shares.get(layer.name, 1.0)
+            self.flops += work * share
+            self.dense_flops += work
 
     def _coarse_steps(self) -> int:
         """Length of the coarse phase that begins."""

@@ -5,6 +5,7 @@ They need the extra `fast`. Without it everything works, slower.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -14,6 +15,7 @@ LINE_BYTES = 64  # a cache line
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}  # what the kernels compute in
 
 
+@functools.cache
 def available() -> bool:
     """Whether Numba is installed. It is imported only when a kernel is wanted: that takes half a second."""
     return importlib.util.find_spec("numba") is not None

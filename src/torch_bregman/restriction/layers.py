@@ -77,18 +77,13 @@ FORMS: dict[Any, Form] = {
 
 
 def form_of(module: nn.Module) -> Form | None:
-    """The sparse form of a module that computes as torch's own does; None where there is none on this machine."""
-    if not kernels.available() or "forward" in module.__dict__ or type(module.__dict__.get("_layer")) is Layer:
-        return None
+    """The sparse form of a module that computes as torch's own does; None where there is none."""
     form = FORMS.get(getattr(type(module), "forward", None))
-    weight = module._parameters.get("weight")
-    if form is None or type(weight) is not nn.Parameter or weight.device.type != "cpu":
+    if form is None or "forward" in module.__dict__ or type(module._parameters.get("weight")) is not nn.Parameter:
         return None
     if isinstance(module, nn.Conv2d):
-        around = module.padding
-        even = around != "same" or all(
-            d * (k - 1) % 2 == 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        )
+        around, sizes = module.padding, zip(module.dilation, module.kernel_size, strict=True)
+        even = around != "same" or all(d * (k - 1) % 2 == 0 for d, k in sizes)
         return form if module.padding_mode == "zeros" and even else None
     return form
 
@@ -182,6 +177,7 @@ class Layer(Watch):
 
     Attributes:
         seen: the last input; None before the first call, and where the sparse form could not have taken it.
+        work: floating-point operations of its forward pass in the last training call, 2 · weights · positions.
         live: the weights that it computes with; None where it computes as ever.
         on_edit: called when W was changed from outside, before it is used.
     """
@@ -191,6 +187,8 @@ class Layer(Watch):
         self.weight: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
         self.name, self.form, self.on_edit = name, form, on_edit
         self.seen: Seen | None = None
+        self.work = 0.0
+        self._size = 2.0 * self.weight.numel()
         self.live: Live | None = None
 
     def forward(self, x: Tensor) -> Tensor | None:
@@ -200,11 +198,13 @@ class Layer(Watch):
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return None
         dtype = weight.dtype if self.live is None else self.live.plain.dtype
-        fits = x.dtype == dtype and x.dtype in DTYPES and x.device.type == "cpu" and x.dim() > 1
+        training = torch.is_grad_enabled()
+        if training:
+            self.work = self._size * self._positions(x)
+        fits = kernels.available() and x.dtype == dtype and x.dtype in DTYPES and x.device.type == "cpu" and x.dim() > 1
         if not fits or torch.is_autocast_enabled("cpu"):
             self.seen = None
             return None
-        training = torch.is_grad_enabled()
         if training and self.live is None and (self.seen is None or x.numel() >= math.prod(self.seen.shape)):
             self.seen = Seen(tuple(x.shape), x.stride(), x.requires_grad)
         if self.live is None or self.live.full is not weight:
@@ -221,6 +221,19 @@ class Layer(Watch):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         return self.form.sparse(module, x, live.values.detach(), live.where, weight.grad)
+
+    def _positions(self, x: Tensor) -> int:
+        """At how many places of x the weights are applied."""
+        module: Any = self.module
+        if not isinstance(module, nn.Conv2d):
+            return x.numel() // max(x.shape[-1], 1)
+        count = len(x)
+        for d in (0, 1):
+            around = module.padding if isinstance(module.padding, str) else module.padding[d]
+            reach = module.dilation[d] * (module.kernel_size[d] - 1)
+            pad = {"same": reach, "valid": 0}.get(around, 0) if isinstance(around, str) else 2 * around
+            count *= max(0, (x.shape[2 + d] + pad - reach - 1) // module.stride[d] + 1)
+        return count
 
 
 class Pool(Watch):

@@ -78,6 +78,7 @@ class Narrow(Compact):
     Attributes:
         lives: the live parts of all parameters that it restricts, those that were given and, of the units that are
             left, biases and the parameters of norms. Other parameters are the original's own.
+        shares: of the multiplications of each cut layer, by name, how many remain.
         passes: forward passes in training mode that the running statistics of the original have not seen yet.
     """
 
@@ -85,7 +86,13 @@ class Narrow(Compact):
         self._given = {live.full: live for live in lives}
         self.lives: list[Live] = []
         self.passes = 0
+        self.shares: dict[str, float] = {}
         super().__init__(graph, cuts)
+        for name, cut in cuts.items():
+            weight: Any = graph.model.get_submodule(name).weight
+            if weight is not None and weight.dim() > 1:
+                inputs = weight.shape[1] if cut.inputs is None else len(cut.inputs)
+                self.shares[name] = len(cut.outputs) * inputs / max(weight.shape[0] * weight.shape[1], 1)
 
     def _slice(self, owner: Any, full: nn.Module, name: str, *index: Tensor | None) -> None:
         tensor, kept = getattr(full, name), index[0]

@@ -27,11 +27,12 @@ from ..density import sparsity_report
 from ..init import sparse_init_
 from ..layers import weight_layers
 from ..models import build
+from ..multilevel import Multilevel
 from ..report import weight_pattern
 from ..report.words import near
 from .display import Display
 from .files import RunError, latest_checkpoint, save_checkpoint, write_atomically
-from .recipe import DENSE, Recipe, linear_and_conv_groups, make_control, make_optimizer, make_schedule
+from .recipe import DENSE, Recipe, linear_and_conv_groups, make_control, make_levels, make_optimizer, make_schedule
 
 SAVE_EVERY = 5.0  # seconds between checkpoints
 LOOK_EVERY = 0.25  # seconds between looks at the loss, each of which waits for the device
@@ -77,6 +78,7 @@ def fit(
     optimizer = make_optimizer(recipe, model)
     control = make_control(recipe, optimizer, model, total_steps)
     schedule = make_schedule(recipe, optimizer, total_steps)
+    levels = make_levels(recipe, optimizer, model)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     mixed: Callable[[], Any] = nullcontext
     if recipe.precision != "32":
@@ -105,7 +107,8 @@ def fit(
             "epoch": epoch, "batch": batch, "losses": losses, "rows": rows, "best": best,
             "seconds": spent + time.perf_counter() - began,
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-            "control": control.state_dict() if control else {}, "scaler": scaler.state_dict(),
+            "control": control.state_dict() if control else {}, "levels": levels.state_dict() if levels else {},
+            "scaler": scaler.state_dict(),
             "order": order_at_start, "noise": noise.get_state(), "random": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }  # fmt: skip
@@ -123,6 +126,8 @@ def fit(
             schedule.load_state_dict(saved["schedule"])
             if control:
                 control.load_state_dict(saved["control"])
+            if levels:
+                levels.load_state_dict(saved["levels"])
             scaler.load_state_dict(saved["scaler"])
             first_epoch, done, spent = saved["epoch"], saved["batch"], saved["seconds"]
             rows, best = saved["rows"], saved["best"]
@@ -161,6 +166,8 @@ def fit(
                     scaler.update()
                     if control:
                         control.step()
+                    if levels:
+                        levels.step()
                     if recipe.schedule != "plateau":
                         schedule.step()
                     losses[i] = loss.detach()
@@ -181,7 +188,7 @@ def fit(
                 seconds = time.perf_counter() - epoch_began
                 scores = evaluate(model, data.validation, task, noise_scale, mixed, layout)
                 rate = recipe.batch_size * (i - done) / max(seconds, 1e-9)
-                row = measure(epoch, train_loss, scores, model, optimizer, recipe, seconds, rate)
+                row = measure(epoch, train_loss, scores, model, optimizer, recipe, seconds, rate) | work(levels)
                 rows.append(row)
                 metrics.add(row)
                 display.epoch(row)
@@ -214,7 +221,10 @@ def fit(
         **{name.replace("val_", "test_"): value for name, value in scores.items()},
         **{name: value for name, value in best.items() if name.startswith("val_")},
         "best_epoch": best.get("epoch"), "lam": rows[-1]["lam"], "seconds": round(seconds, 3), "note": data.note,
+        **work(levels),
     }  # fmt: skip
+    if levels:
+        end["choices"] = levels.report.rows()
     metrics.add(end)
     metrics.close()
     return end
@@ -304,6 +314,14 @@ def measure(
         "size_layers": {layer.name: layer.weights[1] for layer in report.layers},
         "shape_layers": {layer.name: list(layer.shape) for layer in report.layers},
     }  # fmt: skip
+
+
+def work(levels: Multilevel | None) -> dict[str, Any]:
+    """The steps of each kind so far and their FLOPs, beside those of dense steps."""
+    if levels is None:
+        return {}
+    fine, coarse = levels.counts["fine"], levels.counts["coarse"]
+    return {"fine_steps": fine, "coarse_steps": coarse, "flops": levels.flops, "dense_flops": levels.dense_flops}
 
 
 def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path) -> Tensor:

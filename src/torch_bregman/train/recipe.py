@@ -15,6 +15,7 @@ from ..control import TargetDensity
 from ..data import AUGMENTATIONS
 from ..density import check_density
 from ..layers import param_groups
+from ..multilevel import Multilevel
 from ..optim import AdaBreg, BregmanOptimizer, LinBreg, ProxSGD
 from ..optim.base import check_number
 from ..regularizers import GROUPS, L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
@@ -73,6 +74,10 @@ class Recipe:
 
     control: str = "feedback"
     """How the density is reached: feedback (λ follows slowly) or exact (in every step)."""
+
+    multilevel: bool = False
+    """Train on the live weights alone most of the time: sparse products where they are faster on this machine, or a
+    smaller dense network where whole units are dead. What is not faster stays dense."""
 
     initial_density: float = 0.01
     """Share of each layer that is alive at the start; less where a smaller density is asked for."""
@@ -147,6 +152,8 @@ class Recipe:
                 raise ValueError(f"Invalid `density`: {self.density}; {self.optimizer} trains dense, use adabreg.")
             if self.regularizer == "nuclear":
                 raise ValueError("Invalid `density`: the nuclear norm makes low rank, not zeros; give `lam` instead.")
+        if self.multilevel and self.optimizer in (*DENSE, "proxsgd"):
+            raise ValueError(f"Invalid `multilevel`: True; {self.optimizer} has no dual, use adabreg or linbreg.")
         check_density(self.initial_density, name="initial_density", one_allowed=True)
         for name in ("lam", "lr", "eps", "weight_decay", "noise"):
             if getattr(self, name) is not None:
@@ -163,7 +170,8 @@ class Recipe:
 
     def twin(self) -> Recipe:
         """The dense twin: the same network and data, trained with Adam."""
-        own = {"optimizer": "adam", "lr": None, "eps": None, "density": None, "lam": None, "momentum": 0.0}
+        own = {"optimizer": "adam", "lr": None, "eps": None, "density": None, "lam": None, "momentum": 0.0,
+               "multilevel": False}  # fmt: skip
         return Recipe(**{**asdict(self), **own}).check()
 
     @staticmethod
@@ -224,6 +232,13 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             weight_decay=recipe.weight_decay,
         )  # fmt: skip
     return ProxSGD(groups, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
+def make_levels(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Module) -> Multilevel | None:
+    """Fine and coarse steps, where they were asked for."""
+    if not recipe.multilevel or not isinstance(optimizer, BregmanOptimizer):
+        return None
+    return Multilevel(model, optimizer)
 
 
 def make_control(
