@@ -295,14 +295,14 @@ def test_counting_near_lam_finds_what_sorting_finds(
 
     def run(counting: bool) -> tuple[list[torch.Tensor], list[float]]:
         from torch_bregman import control as module
-        from torch_bregman.optim.fused import near_one
+        from torch_bregman.optim.fused import near_kth
 
         def asked(*args: object) -> object:
-            found = near_one(*args) if counting else None  # type: ignore[arg-type]
+            found = near_kth(*args) if counting else None  # type: ignore[arg-type]
             answers.append(found is not None)
             return found
 
-        monkeypatch.setattr(module, "near_one", asked)
+        monkeypatch.setattr(module, "near_kth", asked)
         generator = torch.Generator().manual_seed(0)
         shapes = ((211, 130), (64, 33), (300, 7))
         params = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in shapes]

@@ -48,6 +48,25 @@ def write_lines(folder: Path, *rows: object, tail: str = "") -> Path:
     return folder
 
 
+CHOICES = [
+    {"layer": "0", "computes": "sparse", "density": 0.02, "dense_ms": 1.8, "sparse_ms": 0.6},
+    {"layer": "2", "computes": "dense", "density": 0.3, "dense_ms": 0.5, "sparse_ms": 0.625},
+    {"layer": "(network)", "computes": "compact", "density": 0.1, "dense_ms": 2.5, "sparse_ms": 1.25},
+]
+
+
+def levels(epoch: int) -> dict[str, object]:
+    """What a multilevel run has done by the end of `epoch`: its epochs take 60, 50, 40, ... % of the dense FLOPs."""
+    flops = sum(1e12 * (0.7 - 0.1 * e) for e in range(1, epoch + 1))
+    return {"flops": flops, "dense_flops": 1e12 * epoch, "fine_steps": 300 * epoch, "coarse_steps": 1200 * epoch}
+
+
+def with_levels(folder: Path, epochs: int = 5) -> Path:
+    """`folder` with metrics of a multilevel run."""
+    rows = [row(0, seconds=0.0), *(row(e, seconds=2 - 0.2 * e, **levels(e)) for e in range(1, epochs))]
+    return write_lines(folder, *rows, {**END, **levels(epochs - 1), "choices": CHOICES})
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A complete run of four epochs with its twin and its patterns."""
@@ -105,9 +124,53 @@ def test_complete_page(run: Path) -> None:
                  "98.10 %", "dense twin 98.40 %, −0.30 points", "43.2 s", "λ at the end", "16 × 24",
                  "biases and norms are not counted", "torch-bregman train --config recipe.toml"):  # fmt: skip
         assert text in page.text, text
-    assert page.figures() == ["accuracy", "loss", "density", "layers", "lam"]
+    assert page.figures() == ["accuracy", "loss", "density", "layers", "lam", "seconds"]
+    assert "coarse" not in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 6
     assert [p.name for p in run.iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_multilevel_page(run: Path) -> None:
+    page = Page(write_report(with_levels(run)))
+    assert page.figures() == ["accuracy", "loss", "density", "layers", "lam", "seconds", "work"]
+    for text in ("45.00 % of dense FLOPs", "1,200 fine and 4,800 coarse steps", "How each layer computes", "3.0 ×",
+                 "0.8 ×", "(network)", "compact", "1.800", "sparse 1.2 s", "dense 1.5 s", "sparse 30.00 %",
+                 "dense 100 %", "2 × weights × positions × batch"):  # fmt: skip
+        assert text in page.text, text
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_work_of_an_epoch_is_what_it_added(run: Path) -> None:
+    x, y = read_run(with_levels(run)).work
+    assert x == [1, 2, 3, 4]
+    assert y == pytest.approx([0.6, 0.5, 0.4, 0.3])
+    rows = [row(0), row(1, **levels(1)), row(2), row(3, **levels(3)), row(4, **levels(3)), row(5, **levels(1))]
+    x, y = read_run(write_lines(run, *rows)).work
+    assert x == [1, 3]  # nothing is known of the second epoch, and nothing was added in the last two
+    assert y == pytest.approx([0.6, 0.45])
+
+
+def test_first_epochs_of_a_multilevel_run(run: Path) -> None:
+    page = Page(write_report(write_lines(run, row(0, seconds=0.0), row(1, **levels(1)))))
+    assert "60.00 % of dense FLOPs" in page.text
+    assert not {"seconds", "work"} & set(page.figures())
+    assert "How each layer computes" not in page.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "text", None, -1.0, 0, True, {}, 10**400])
+def test_odd_values_of_a_multilevel_run(run: Path, value: object) -> None:
+    keys = ("flops", "dense_flops", "fine_steps", "coarse_steps")
+    good = [row(e, **levels(e)) for e in range(1, 4)]
+    mixed = [row(e, **{**levels(e), key: value}) for e, key in enumerate((*keys, "seconds"), 4)]
+    choices = [value, *({**choice, name: value} for choice in CHOICES for name in choice)]
+    page = Page(write_report(write_lines(run, *good, *mixed, row(9, **levels(9)), {**END, "choices": choices})))
+    assert {"seconds", "work"} <= set(page.figures())
+    bad = [row(e, **dict.fromkeys(keys, value)) for e in range(3)]
+    end = {**END, **dict.fromkeys(keys, value), "choices": value}
+    page = Page(write_report(write_lines(run, *bad, end)))
+    assert "work" not in page.figures()
+    assert "How each layer computes" not in page.text
 
 
 def test_page_is_self_contained(run: Path) -> None:
@@ -134,8 +197,9 @@ def test_page_is_deterministic_and_its_ids_unique(run: Path) -> None:
 
 def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>$\\frac{$'\"&\x1b[31m\n"
+    choices = [{**CHOICES[0], "layer": evil, "computes": evil}]
     rows = [row(e, layers={evil: 0.1 * e, "日本 weight": 0.2}, kept_layers={evil: 3}, size_layers=[]) for e in range(3)]
-    folder = write_lines(tmp_path, *rows, {"event": evil, "epoch": 1}, {**END, "note": evil})
+    folder = write_lines(tmp_path, *rows, {"event": evil, "epoch": 1}, {**END, "note": evil, "choices": choices})
     recipe = "\n".join(f"{key} = {json.dumps(evil)}" for key in ("dataset", "model", "optimizer", json.dumps(evil)))
     (folder / "recipe.toml").write_text(recipe, encoding="utf-8")
     np.savez(folder / "patterns.npz", **{f"end/{evil}": np.full((2, 3), 255, np.uint8), "else": np.zeros(3)})
@@ -190,7 +254,7 @@ def test_autoencoder_has_losses_only(tmp_path: Path) -> None:
     rows = [{k: v for k, v in row(e).items() if k != "val_accuracy"} for e in range(4)]
     folder = write_lines(tmp_path, *rows, {"event": "end", "asked_density": None, "density": 0.04, "test_loss": 0.0123})
     page = Page(write_report(folder))
-    assert page.figures() == ["loss", "density", "layers", "lam"]
+    assert page.figures() == ["loss", "density", "layers", "lam", "seconds"]
     assert "Test loss" in page.text
     assert "λ was held fixed" in page.text
     assert "asked" not in page.text
@@ -289,6 +353,15 @@ def test_terminal_summary(run: Path) -> None:
         assert part in text
 
 
+def test_terminal_summary_of_a_multilevel_run(run: Path) -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=100)
+    console.print(terminal_summary(with_levels(run)))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "45.00 % of dense FLOPs   1,200 fine and 4,800 coarse steps" in text
+
+
 def test_words() -> None:
     assert [percent(v) for v in (0.05, 1.0, 0.00123, 0.0000456, 0.0)] == [
         "5.00 %", "100.00 %", "0.123 %", "0.00456 %", "0.00 %"]  # fmt: skip
@@ -320,4 +393,4 @@ def test_opens_in_a_browser(run: Path, tmp_path: Path) -> None:
     dom = done.stdout.decode("utf-8")
     for text in ("asked 5.00 % / got 5.00 %", "8,680 of 173,600 weights", "dense twin 98.40 %, −0.30 points"):
         assert text in dom
-    assert dom.count("<svg") == 5
+    assert dom.count("<svg") == 6

@@ -14,7 +14,7 @@ from .density import check_density
 from .layers import weight_layers
 from .optim import BregmanOptimizer
 from .optim.base import check_number, count_nonzero
-from .optim.fused import near_one
+from .optim.fused import near_kth
 from .regularizers import NuclearNorm
 
 WARM_UP = 200  # steps in which λ is looked for where none was given
@@ -90,7 +90,7 @@ class Scope:
             return 1.0
         fixed = sum(count_nonzero([p for p in self.weights if id(p) not in moved]))
         kept = round(target * self.size) - fixed
-        near = near_one(optimizer, {i: list(some.values()) for i, some in duals.items()}, kept)
+        near = near_kth(optimizer, {i: list(some.values()) for i, some in duals.items()}, kept)
         if near is not None:
             factor = between(near[1:], kept - int(near[0]))
             if factor is not None:

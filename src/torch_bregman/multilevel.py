@@ -330,21 +330,22 @@ class Multilevel:
         moved = {
             i for i, _, p, _ in candidates if self.optimizer.state[p]["lam"] != self.optimizer.param_groups[i]["lam"]
         }
+        self.optimizer.refresh(moved)
+        rows = any(by_rows(reg) for *_, reg in candidates)
+        where = {p: support(p, reg) for *_, p, reg in candidates}
         chosen: dict[Layer, Choice] = {}
         for _, _, p, reg in candidates:
             for layer in self._layers_of(p):
                 if layer.seen is not None and elementwise(reg):
                     with torch.enable_grad():
-                        chosen[layer] = self.timings.choose(layer.module, layer.form, p, layer.seen)
+                        chosen[layer] = self.timings.choose(layer.module, layer.form, p, where[p], layer.seen)
         able = {layer for layer, choice in chosen.items() if choice.sparse < choosing.ABLE * choice.dense}
         self.choices = {layer.name: replace(choice, kind="dense") for layer, choice in chosen.items()}
-        rows = any(by_rows(reg) for *_, reg in candidates)
         if not candidates or (self.coarse_steps is None and not able and not rows):
             return False
-        self.optimizer.refresh(moved)
         for i, place, p, _ in candidates:
             layers = [layer for layer in self._layers_of(p) if layer in able]
-            self._enter(i, place, self._live(i, p, layers))
+            self._enter(i, place, Live(p, layers[0].form.pattern(p, where[p].index) if layers else where[p]))
         self.optimizer._forget()
         sparse = self._choose(chosen, able)
         for layer in sparse:

@@ -19,7 +19,7 @@ from numba import carray
 
 from . import BAND
 from .step import compiled, function, inlined
-from .vector import LINE_BYTES, claim, fma, load, pointer, prefetch, splat, store, total
+from .vector import LINE_BYTES, claim, fma, load, pointer, prefetch, some, splat, store, total
 
 COUNTER, ROWS, CHUNK, WIDTH, START, COLUMN, VALUE, X, Y, BIAS, SOURCE, PLACE, LONGEST, BLOCKS = range(14)
 
@@ -248,3 +248,37 @@ def move(name: str) -> Any:
 def built() -> Any:
     """`lists`, compiled."""
     return function(lists)
+
+
+@functools.cache
+def find(name: str) -> Any:
+    """Where a vector is not zero: first the counts of its chunks, then, with their sums before each, the places."""
+    dtype = np.dtype(name)
+    lanes = LINE_BYTES // dtype.itemsize
+
+    def loop(data):
+        head = carray(data, (7,), np.int64)
+        n, size = head[1], head[2]
+        counts = carray(pointer(head[3]), (n // size + 2,), np.int64)
+        index = carray(pointer(head[4]), (1 << 40,), np.int64)
+        x = carray(pointer(head[5]), (n,), dtype)
+        zero = splat(dtype.type(0))
+        while True:
+            chunk = claim(head)
+            if chunk * size >= n:
+                break
+            begin, end = chunk * size, min((chunk + 1) * size, n)
+            count, at = np.int64(0), begin
+            room, last = index[counts[chunk] :], counts[chunk + 1] - counts[chunk]
+            while at < end:
+                stop = min(at + lanes, end)
+                if stop - at < lanes or some(load(x, at) != zero):  # most lines are empty, or the others cost little
+                    for i in range(at, stop):
+                        if head[6] and count < last:  # not only where x is not zero, which nobody could predict:
+                            room[count] = i  # the next one overwrites it
+                        count += np.int64(x[i] != 0)
+                at = stop
+            if head[6] == 0:
+                counts[chunk + 1] = count
+
+    return compiled(loop)

@@ -281,11 +281,11 @@ def in_memory(groups: Any, p: Tensor) -> tuple[int, int, int] | None:
     return {"filters": (1, n, k * rest), "channels": (n * rest, k, 1)}.get(groups)  # channels_last
 
 
-def near_one(optimizer: BregmanOptimizer, duals: dict[int, list[Tensor]], kept: int) -> Tensor | None:
-    """The entries of |v|/λ around its `kept`-th largest, if that is within a few percent of 1, and how many are larger.
+def near_kth(optimizer: BregmanOptimizer, duals: dict[int, list[Tensor]], kept: int) -> Tensor | None:
+    """The entries of |v|/λ around the `kept`-th largest, and how many are larger than those.
 
     `duals`: of each parameter group. Returns them as (values, larger) in one tensor of float64, `larger` first; None
-    where the fused step does not run, a prox is not plain ℓ1, or the value is farther away.
+    where the fused step does not run, a prox is not plain ℓ1, or too many values are nearly alike.
     """
     rows, dtypes = [], set()
     for i, some in duals.items():
@@ -300,19 +300,33 @@ def near_one(optimizer: BregmanOptimizer, duals: dict[int, list[Tensor]], kept: 
     from ..kernels import select
 
     sizes, addresses, lam = np.array(rows, dtype=float).T
+    name, alone = DTYPES[dtypes.pop()], bool(sizes.sum() <= 32 * ALONE)
     starts = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(-(-sizes.astype(np.int64) // select.CHUNK), out=starts[1:])
-    loop = select.band(DTYPES[dtypes.pop()])
-    for width in (0.01, 0.1, 0.4):
-        jobs = np.stack([sizes, addresses, lam * (1 - width), lam * (1 + width), lam], 1)
-        near, found = np.empty(max(1024, int(sizes.sum() / 5))), np.zeros(1, np.int64)
-        above = np.zeros(starts[-1], np.int64)
+
+    def run(loop: Any, jobs: Any, near: Any, above: Any) -> int:
+        found = np.zeros(1, np.int64)
         head = np.array(
             [0, starts[-1], len(rows), *(x.ctypes.data for x in (jobs, starts, near)), near.size]
             + [x.ctypes.data for x in (found, above)]
         )
-        threads.run(loop, head.ctypes.data, alone=bool(sizes.sum() <= 32 * ALONE))
-        larger, n = int(above.sum()), int(found[0])
-        if n <= near.size and larger < kept < larger + n:
-            return torch.from_numpy(np.concatenate([[larger], near[:n]]))
-    return None
+        threads.run(loop, head.ctypes.data, alone=alone)
+        return int(found[0])
+
+    above = np.zeros(starts[-1], np.int64)
+    slots = np.zeros((torch.get_num_threads(), select.SLOTS), np.int64)
+    run(select.histogram(name), np.stack([sizes, addresses, lam, lam, lam], 1), slots, above)
+    at_least = slots.sum(0)[::-1].cumsum()[::-1]  # how many lie in a slot or above it
+    inside = np.flatnonzero(at_least > kept)
+    if not len(inside):
+        return None
+    # A slot, and the ends of its neighbours: the one below may hold the next value, and rounding was rougher here.
+    edges = (np.array([max(inside[-1] - 1, 0), inside[-1] + 2]).astype(np.int32) << select.SHIFT).view(np.float32)
+    low, high = edges.astype(float)
+    jobs = np.stack([sizes, addresses, lam * low, lam * high, lam], 1)
+    near = np.empty(max(1024, int(sizes.sum() / 5)))
+    n = run(select.band(name), jobs, near, above)
+    larger = int(above.sum())
+    if n > near.size or not larger < kept < larger + n:
+        return None
+    return torch.from_numpy(np.concatenate([[larger], near[:n]]))

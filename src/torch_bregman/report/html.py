@@ -52,6 +52,18 @@ class Layer:
     density: str
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a layer computed in the coarse phases of a multilevel run; a part that is not known is empty."""
+
+    layer: str
+    computes: str
+    density: str
+    dense: str
+    sparse: str
+    faster: str
+
+
 def write_report(run: str | Path) -> Path:
     """Write RUN/report.html for the run in the folder `run` and return its path.
 
@@ -78,6 +90,7 @@ def write_report(run: str | Path) -> Path:
         patterns=[(layers[name], _pictures(patterns[name])) for name in shown[: plots.MAX_LAYERS]],
         patterns_left_out=len(patterns) - len(shown[: plots.MAX_LAYERS]),
         layers=[layers[name] for name in record.layers],
+        choices=_choices(record),
         last_epoch=number(record.last.get("epoch")),
         recipe=[(clean(key), _value(value)) for key, value in record.recipe.items()],
         note=clean((record.end or {}).get("note") or "", 500),
@@ -104,6 +117,17 @@ def _figures(record: Record) -> list[Figure]:
     ring = (
         ", and the ring is the epoch that was kept" if number((record.end or {}).get("best_epoch")) is not None else ""
     )
+    work, levels = plots.work(record), bool(record.work[0])
+    if levels and record.twin is not None:
+        pace = (
+            "Look for how far the sparse curve lies below the dense one; an epoch that tries out layers takes longer."
+        )
+    elif levels:
+        pace = "Look for the curve staying low while weights enter; an epoch that tries out layers takes longer."
+    elif record.twin is not None:
+        pace = "Look for two curves near each other: both runs compute with all weights, dead or alive."
+    else:
+        pace = "Look for a level curve: this run computes with all weights, dead or alive."
     most = f", the {plots.MAX_LAYERS} largest" if len(record.layers) > plots.MAX_LAYERS else ""
     parts = [
         ("accuracy", "Validation accuracy", plots.accuracy(record),
@@ -119,6 +143,14 @@ def _figures(record: Record) -> list[Figure]:
         ("lam", "λ, the strength of the regularizer", plots.lam(record),
          "λ was held fixed, so look for a straight line." if held
          else "The controller raises λ while the network is too dense; look for λ settling before the end."),
+        ("seconds", "Time per epoch", plots.seconds(record),
+         f"{pace} Training steps without validation; a resumed epoch counts from where it went on."),
+        ("work", "Work per epoch", work,
+         "FLOPs as a share of those of dense steps; look for how far below them the curve stays while weights enter. "
+         "By formula: a dense step is 3 forward passes of all Linear and Conv layers (2 × weights × positions × batch "
+         "each), a sparse layer's step that times its density, and in a fine step a sparse layer's forward and its "
+         "gradient to the input times density plus the full weight gradient. A layer of a smaller dense network "
+         "counts with what is left of it."),
     ]  # fmt: skip
     figures = []
     for name, heading, drawn, caption in parts:
@@ -145,6 +177,29 @@ def _layer(record: Record, name: str, pictures: dict[str, NDArray[np.uint8]]) ->
         size="" if size is None else f"{size:,.0f}",
         density="" if density is None else percent(density),
     )
+
+
+def _choices(record: Record) -> list[Choice]:
+    """The lines of the table of choices, without those that are none."""
+    made = []
+    rows = (record.end or {}).get("choices")
+    for row in rows if isinstance(rows, list) else []:
+        if not isinstance(row, dict) or not isinstance(row.get("layer"), str):
+            continue
+        density, dense, sparse = (number(row.get(key)) for key in ("density", "dense_ms", "sparse_ms"))
+        faster = number(dense / sparse) if dense is not None and sparse is not None and sparse > 0 else None
+        computes = row.get("computes")
+        made.append(
+            Choice(
+                layer=clean(row["layer"], 80),
+                computes=clean(computes, 20) if isinstance(computes, str) else "",
+                density="" if density is None else percent(density),
+                dense="" if dense is None else f"{dense:,.3f}",
+                sparse="" if sparse is None else f"{sparse:,.3f}",
+                faster="" if faster is None else f"{faster:,.1f} ×",
+            )
+        )
+    return made
 
 
 def _pictures(pictures: dict[str, NDArray[np.uint8]]) -> list[Picture]:

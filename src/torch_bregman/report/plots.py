@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MAX_LAYERS", "accuracy", "density", "lam", "layers", "loss", "shown_layers", "style"]
+__all__ = ["MAX_LAYERS", "accuracy", "density", "lam", "layers", "loss", "seconds", "shown_layers", "style", "work"]
 
 # Blue and vermilion of Okabe & Ito: told apart with every common kind of colour blindness, and in grey.
 SPARSE, DENSE, INK, MUTED, GRID, CARD = "#0072b2", "#d55e00", "#1c2430", "#66707c", "#e2e6ea", "#fefefe"
@@ -118,6 +118,38 @@ def lam(record: Record) -> str | None:
     return _finish(figure, axes, "lam", record, [(y[-1], f"λ = {short(y[-1])}", SPARSE)])
 
 
+def seconds(record: Record) -> str | None:
+    """Seconds of each epoch from zero: sparse run and dense twin."""
+    x, y = _positive(series(record.epochs, "seconds"))
+    if len(x) < 2:
+        return None
+    figure, axes = _figure(record)
+    labels: list[Label] = [(y[-1], f"sparse {short(y[-1])} s", SPARSE)]
+    top = max(y)
+    if record.twin is not None and (twin := _positive(series(record.twin.epochs, "seconds")))[0]:
+        axes.plot(*twin, color=DENSE, lw=1.4)
+        labels.append((twin[1][-1], f"dense {short(twin[1][-1])} s", DENSE))
+        top = max(top, *twin[1])
+    axes.plot(x, y, color=SPARSE, lw=2)
+    axes.set_ylim(0, 1.08 * top)
+    _linear_axis(axes, lambda v: f"{v:.6g} s")
+    return _finish(figure, axes, "seconds", record, labels)
+
+
+def work(record: Record) -> str | None:
+    """FLOPs of each epoch of a multilevel run as a share of those of dense steps, from zero."""
+    x, y = record.work
+    if len(x) < 2:
+        return None
+    figure, axes = _figure(record)
+    axes.axhline(1, color=DENSE, lw=1.4)
+    axes.plot(x, y, color=SPARSE, lw=2)
+    axes.set_ylim(0, 1.08 * max(*y, 1.0))
+    _percent_axis(axes)
+    labels: list[Label] = [(y[-1], f"sparse {percent(y[-1])}", SPARSE), (1.0, "dense 100 %", DENSE)]
+    return _finish(figure, axes, "work", record, labels)
+
+
 def layers(record: Record) -> list[str]:
     """Density of every layer over the epochs, one row per layer, each row from zero to the layer's own maximum.
 
@@ -203,10 +235,14 @@ def _axes(figure: "Figure", record: Record, *, bottom: float, height: float) -> 
 
 
 def _percent_axis(axes: "Axes") -> None:
+    _linear_axis(axes, lambda v: f"{100 * v:.6g} %")
+
+
+def _linear_axis(axes: "Axes", text: Callable[[float], str]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.6g} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: text(v)))
 
 
 def _log_axis(axes: "Axes", values: Sequence[float], text: Callable[[float], str]) -> None:

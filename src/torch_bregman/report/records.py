@@ -60,6 +60,25 @@ class Record:
         return said if isinstance(said, bool) else near(number(row.get("density")), self.asked)
 
     @property
+    def work(self) -> Series:
+        """(epochs, FLOPs as a share of those of dense steps) of a multilevel run: of what each epoch added to the sums.
+
+        Where the sums of an epoch are missing, the next one has the share of both.
+        """
+        x, y, before = [], [], (0.0, 0.0)
+        for row in self.epochs:
+            flops, dense = number(row.get("flops")), number(row.get("dense_flops"))
+            if flops is None or dense is None:
+                continue
+            done, full = flops - before[0], dense - before[1]
+            share = number(done / full) if done >= 0 and full > 0 else None
+            if share is not None:
+                x.append(float(row["epoch"]))
+                y.append(share)
+            before = flops, dense
+        return x, y
+
+    @property
     def layers(self) -> list[str]:
         """Names of the layers in network order."""
         return list(table(self.last, "layers"))

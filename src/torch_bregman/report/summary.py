@@ -35,7 +35,7 @@ def title(record: Record) -> str:
 
 def tiles(record: Record) -> list[Tile]:
     """The headline, one tile per thing that is known."""
-    made = (_density(record), _measure(record), _best(record), _time(record), _lam(record))
+    made = (_density(record), _measure(record), _best(record), _time(record), _lam(record), _work(record))
     return [tile for tile in made if tile is not None]
 
 
@@ -98,6 +98,16 @@ def _seconds(record: Record) -> float:
 def _lam(record: Record) -> Tile | None:
     lam = number(record.last.get("lam"))
     return Tile("λ at the end", short(lam)) if lam is not None else None
+
+
+def _work(record: Record) -> Tile | None:
+    """FLOPs of a multilevel run beside those of dense steps."""
+    flops, dense = record.final("flops"), record.final("dense_flops")
+    if flops is None or dense is None or flops < 0 or dense <= 0 or (share := number(flops / dense)) is None:
+        return None
+    fine, coarse = record.final("fine_steps"), record.final("coarse_steps")
+    detail = f"{fine:,.0f} fine and {coarse:,.0f} coarse steps" if fine is not None and coarse is not None else ""
+    return Tile("Work", f"{percent(share)} of dense FLOPs", detail)
 
 
 def terminal_summary(run: str | Path) -> "RenderableType":

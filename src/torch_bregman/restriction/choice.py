@@ -44,9 +44,9 @@ class Timings:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def choose(self, module: nn.Module, form: Form, weight: Tensor, seen: Seen) -> Choice:
-        """The faster way through `module` for such an input."""
-        density = int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+    def choose(self, module: nn.Module, form: Form, weight: Tensor, where: Support, seen: Seen) -> Choice:
+        """The faster way through `module` for such an input, with the live entries of `weight`."""
+        density = where.density
         key = (
             f"{form.name} {tuple(weight.shape)} {weight.dtype} {seen.shape} {seen.needs_grad} "
             f"{torch.get_num_threads()} threads"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import BAND, DTYPES, threads
@@ -84,7 +84,7 @@ def _batch_last(x: Tensor) -> Tensor:
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, whole: Tensor | None
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, whole: nn.Parameter | None
     ) -> Tensor:
         from ..kernels import csr
 
@@ -121,13 +121,15 @@ class _SparseLinear(torch.autograd.Function):
             _run(csr.sampled(name), pattern.lists[0], to_values, xt, gt, None)
         if ctx.needs_input_grad[2]:
             to_bias = gt.sum(1)
-        if ctx.whole is not None:
-            ctx.whole.addmm_(gt, xt.t())
+        if ctx.whole is not None and ctx.whole.grad is None:
+            ctx.whole.grad = gt @ xt.t()
+        elif ctx.whole is not None:
+            ctx.whole.grad.addmm_(gt, xt.t())
         return to_x, to_values, to_bias, None, None
 
 
 def sparse_linear(
-    x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, *, whole: Tensor | None = None
+    x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, *, whole: nn.Parameter | None = None
 ) -> Tensor:
     """y = x Wᵀ + b [batch, out], where W [out, in] has `values` on `pattern` and zeros elsewhere.
 
@@ -138,7 +140,7 @@ def sparse_linear(
         x: [batch, in], float32 or float64, in the memory of this machine.
         values: the live weights, in the order of `pattern.restrict`.
         bias: [out] or None.
-        whole: [out, in], to which backward adds the gradient of all of W, by a dense product.
+        whole: W itself; then backward also adds the gradient of all its entries to `whole.grad`, by a dense product.
 
     Raises:
         ImportError: without Numba (extra `fast`).

@@ -38,23 +38,23 @@ class Seen(NamedTuple):
 class Form:
     """How a kind of module computes with a weight that is given to it, dense or as the values on a pattern.
 
-    `whole`: whether the sparse form can add the gradient of the whole weight to a tensor on the way back.
+    `whole`: whether the sparse form can add the gradient of the whole weight on the way back.
     """
 
     name: str
     pattern: Callable[[Tensor, Tensor | None], Any]
     dense: Callable[[Any, Tensor, Tensor], Tensor]
-    sparse: Callable[[Any, Tensor, Tensor, Any, Tensor | None], Tensor]
+    sparse: Callable[[Any, Tensor, Tensor, Any, nn.Parameter | None], Tensor]
     whole: bool
 
 
-def _sparse_linear(module: Any, x: Tensor, values: Tensor, pattern: Pattern, whole: Tensor | None) -> Tensor:
+def _sparse_linear(module: Any, x: Tensor, values: Tensor, pattern: Pattern, whole: nn.Parameter | None) -> Tensor:
     flat = x if x.dim() == 2 else x.flatten(0, -2)
     y = sparse_linear(flat, values, module.bias, pattern, whole=whole)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
 
 
-def _sparse_conv(module: Any, x: Tensor, values: Tensor, pattern: ConvPattern, whole: Tensor | None) -> Tensor:
+def _sparse_conv(module: Any, x: Tensor, values: Tensor, pattern: ConvPattern, whole: nn.Parameter | None) -> Tensor:
     return sparse_conv2d(x, values, module.bias, pattern, module.stride, module.padding, module.dilation, module.groups)
 
 
@@ -218,9 +218,7 @@ class Layer(Watch):
             return self.form.sparse(module, x, live.values, live.where, None)
         if not self.form.whole:
             return None
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        return self.form.sparse(module, x, live.values.detach(), live.where, weight.grad)
+        return self.form.sparse(module, x, live.values.detach(), live.where, weight)
 
     def _positions(self, x: Tensor) -> int:
         """At how many places of x the weights are applied."""

@@ -14,6 +14,7 @@ from ..regularizers import Grouped, Regularizer, group_dims
 
 MANY = 1 << 16  # live entries from which a kernel moves them
 CHUNK = 1 << 13
+FIND = 1 << 16
 
 
 class Support:
@@ -33,9 +34,10 @@ class Support:
         self.keeps = tuple(d for d in range(weight.dim()) if d not in spans)
         self.kept_shape = tuple(weight.shape[d] for d in self.keeps)
         if index is None:
-            live = weight.detach() != 0
-            live = live.any(dim=spans) if spans else live
-            index = live.reshape(-1).nonzero().squeeze(1)
+            index = (
+                _nonzero(weight.detach()) if not spans else (weight.detach() != 0).any(dim=spans).reshape(-1).nonzero()
+            )
+            index = index.reshape(-1)
         self.index = index.to(weight.device, torch.int64)
         self._places: dict[tuple[int, ...], Tensor] = {}
 
@@ -96,6 +98,22 @@ class Support:
                 self._places[strides] = torch.stack([i * stride for i, stride in at]).sum(0)
             return full.as_strided((full.numel(),), (1,)), self._places[strides]
         return full.reshape(-1), self.index
+
+
+def _nonzero(weight: Tensor) -> Tensor:
+    """Where a weight is not zero, numbered row by row."""
+    if not _by_kernel(weight, weight.numel()) or not weight.is_contiguous():
+        return weight.reshape(-1).nonzero()
+    from ..kernels import csr
+
+    counts, index = torch.zeros(-(-weight.numel() // FIND) + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    for write in (0, 1):
+        if write:
+            index = torch.empty(int(counts.cumsum_(0)[-1]), dtype=torch.int64)
+        addresses = [t.data_ptr() for t in (counts, index, weight)]
+        head = np.array([0, weight.numel(), FIND, *addresses, write], np.int64)
+        threads.run(csr.find(DTYPES[weight.dtype]), head.ctypes.data, alone=False)
+    return index
 
 
 def _by_kernel(flat: Tensor, live: int) -> bool:
