@@ -177,6 +177,84 @@ def test_groups_are_restricted_whole(name: str, regularizer: Any, form: str) -> 
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
 
 
+class Residual(nn.Module):
+    """Filters that write to one stream, constants that meet a border, a layer that nothing regularises in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.a, self.b = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.deep = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.hidden, self.head = nn.Linear(6, 9), nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.b(F.elu(self.a(x)))
+        x = F.max_pool2d(F.relu(self.deep(x)), 2).mean((2, 3))
+        return self.head(F.relu(self.hidden(x)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_compact_networks_have_the_gradients_of_the_whole(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "MARGIN", float("inf"))
+    torch.manual_seed(seed)
+    model = Residual()
+    for layer in (model.stem, model.a, model.b, model.hidden):
+        layer.weight.data[torch.rand(len(layer.weight)) < 0.6] = 0
+    groups = {"deep.*": None, "head.*": None, nn.Conv2d: tb.GroupL1("filters"), nn.Linear: tb.GroupL1("rows")}
+    optimizer = tb.LinBreg(tb.param_groups(model, groups, lam=0.01), lr=1e-3)
+    levels = tb.Multilevel(model, optimizer, coarse_steps=5, fine_steps=1)
+    train(model, optimizer, range(2), levels.step, shape=(2, 8, 8))
+    assert levels.choices["(network)"].kind == "compact"
+    x, y = batch(7, (2, 8, 8))
+    twin = copy.deepcopy(model)
+    optimizer.zero_grad()
+    losses = []
+    for net in (model, twin):
+        losses.append(F.cross_entropy(net(x), y))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    full = dict(zip(model.parameters(), twin.parameters(), strict=True))
+    for part in levels._parts:
+        wanted = full[part.live.full].grad
+        assert wanted is not None
+        torch.testing.assert_close(part.live.values.grad, part.live.where.restrict(wanted))
+    restricted = {part.live.full for part in levels._parts}
+    for p, q in full.items():
+        if p not in restricted:
+            torch.testing.assert_close(p.grad, q.grad)
+    # In eval mode the whole network answers, with up-to-date running statistics.
+    for one, two in zip(model.eval().buffers(), twin.eval().buffers(), strict=True):
+        torch.testing.assert_close(one, two)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin(x))
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6, 9])
+def test_a_compact_run_resumes_bit_for_bit(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "MARGIN", float("inf"))
+
+    def make() -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        model = Residual()
+        for layer in (model.stem, model.a, model.b, model.hidden):
+            layer.weight.data[::2] = 0
+        groups = {"deep.*": None, "head.*": None, nn.Conv2d: tb.GroupL1("filters"), nn.Linear: tb.GroupL1("rows")}
+        optimizer = tb.AdaBreg(tb.param_groups(model, groups, lam=0.01), lr=1e-3)
+        return model, optimizer, tb.Multilevel(model, optimizer, coarse_steps=4, fine_steps=1)
+
+    one, two = make(), make()
+    train(one[0], one[1], range(14), one[2].step, shape=(2, 8, 8))
+    train(two[0], two[1], range(stop), two[2].step, shape=(2, 8, 8))
+    saved, three = copy.deepcopy([part.state_dict() for part in two]), make()
+    for part, state in zip(three, saved, strict=True):
+        part.load_state_dict(state)
+    train(three[0], three[1], range(stop, 14), three[2].step, shape=(2, 8, 8))
+    for p, q in zip(one[0].state_dict().values(), three[0].state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("name", ["linbreg", "adabreg"])
 def test_boost_scales_the_fine_step_off_the_support(name: str, form: str) -> None:
     model = mlp()
