@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from .optim import BregmanOptimizer
 from .optim.base import check_number
-from .regularizers import Grouped, Regularizer
+from .regularizers import L1, Grouped, Regularizer
+from .restriction import Support, beyond, elementwise, restricted_regularizer, separable, support
 from .restriction import choice as choosing
-from .restriction import elementwise, restricted_regularizer, separable, support
 from .restriction.choice import Choice, Timings
 from .restriction.graph import Graph, Untraceable
 from .restriction.layers import Layer, Live, Seen, Watch, form_of, pools
 from .restriction.narrow import Narrow, Whole, seconds
 
+MARGIN = 1.0
 LOOK_EVERY = 100  # steps between looks whether restricting has become faster
 WHOLE = ("step", "lam", "delta", "written", "waiting")  # what of the optimizer's state is not shaped like the weight
 
@@ -103,6 +104,8 @@ class Multilevel:
         coarse_steps, fine_steps: lengths of the phases. With `coarse_steps=None` the network is only restricted where
             that was measured to be faster, and the phases grow while a `TargetDensity` that knows `total_steps` goes
             there: from 4 coarse steps to 19 for one fine step, without it 9.
+        margin: for each live weight, v of so many others moves in the coarse phases too, those nearest to the
+            threshold; θ stays zero there until a fine step. None: 1 where `coarse_steps` is None, else 0. For `L1`.
         boost: factor on the steps of v off the support, in the fine steps. None is 1: more adds noise and finds nothing
             that the other batches have seen (docs/multilevel.md).
 
@@ -119,6 +122,8 @@ class Multilevel:
         coarse_steps: int | None = None,
         fine_steps: int | None = None,
         boost: float | None = None,
+        *,
+        margin: float | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"Invalid `model`: {type(model).__name__}; expected a torch.nn.Module.")
@@ -131,9 +136,13 @@ class Multilevel:
                 raise ValueError(f"Invalid `{name}`: {value!r}; expected a whole number of at least {low}, or None.")
         if boost is not None:
             check_number("boost", boost, strict=True)
+        if margin is not None:
+            check_number("margin", margin)
         self.model, self.optimizer = model, optimizer
         self.coarse_steps, self.fine_steps = coarse_steps, 1 if fine_steps is None else fine_steps
         self.boost = 1.0 if boost is None else float(boost)
+        self.margin = (MARGIN if coarse_steps is None else 0.0) if margin is None else float(margin)
+        self._reach = 0.8  # entries with |v| beyond this share of λ are near
         self.left = self.fine_steps  # steps until the phase changes
         #: steps so far: "fine" and "coarse"
         self.counts: Counter[str] = Counter(fine=0, coarse=0)
@@ -196,6 +205,7 @@ class Multilevel:
             self._last = [] if at_once else [self._describe(part) for part in self._parts]
             for part in self._parts:
                 part.live.finish()
+                self._hold_back(part)
                 self._show(part, full=True)
             if self._whole is not None:
                 self._whole.catch_up()
@@ -210,6 +220,7 @@ class Multilevel:
         """The place in the cycle, the support of a coarse phase, and what was measured."""
         return {
             "left": self.left,
+            "reach": self._reach,
             "counts": dict(self.counts),
             "flops": [self.flops, self.dense_flops],
             "restricted": self.restricted,
@@ -231,6 +242,7 @@ class Multilevel:
         """
         self.leave()
         self.left, self.counts = state_dict["left"], Counter(state_dict["counts"])
+        self._reach = state_dict["reach"]
         self.flops, self.dense_flops = state_dict["flops"]
         self.timings.seconds = dict(state_dict["seconds"])
         for layer in self._layers:
@@ -245,7 +257,9 @@ class Multilevel:
             if list(full.shape) != saved["shape"]:
                 raise ValueError(f"`state_dict` has a weight of shape {saved['shape']}; here it is {list(full.shape)}.")
             layers = [layer for layer in self._layers_of(full) if layer.name in saved["sparse"]]
-            live = self._live(i, full, layers, saved["index"])
+            reg = self._regularizer(i)
+            near = Support(full, (), saved["near"]) if "near" in saved else None
+            live = self._live(full, support(full, reg, saved["index"]), near, layers)
             self._enter(i, place, live)
             for layer in layers:
                 layer.live = live
@@ -267,7 +281,9 @@ class Multilevel:
         for layer in self._layers:
             work, share = 3 * layer.work, 1.0
             if layer.live is not None:
-                share = layer.live.where.density
+                share = layer.live.pattern.density
+                if layer.live.near is not None and self.restricted:
+                    share += layer.live.near.density / 3
                 if not self.restricted:  # a fine step on the live weights, but for the gradient
                     share = (2 * share + 1) / 3 if layer.form.whole else 1.0
             elif narrow is not None:
@@ -332,7 +348,7 @@ class Multilevel:
         }
         self.optimizer.refresh(moved)
         rows = any(by_rows(reg) for *_, reg in candidates)
-        where = {p: support(p, reg) for *_, p, reg in candidates}
+        where, near = self._supports(candidates)
         chosen: dict[Layer, Choice] = {}
         for _, _, p, reg in candidates:
             for layer in self._layers_of(p):
@@ -345,7 +361,7 @@ class Multilevel:
             return False
         for i, place, p, _ in candidates:
             layers = [layer for layer in self._layers_of(p) if layer in able]
-            self._enter(i, place, Live(p, layers[0].form.pattern(p, where[p].index) if layers else where[p]))
+            self._enter(i, place, self._live(p, where[p], near.get(p), layers))
         self.optimizer._forget()
         sparse = self._choose(chosen, able)
         for layer in sparse:
@@ -370,7 +386,7 @@ class Multilevel:
         else:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             parameters = list({*trained, *self.model.parameters()})
-            shown = [lives[layer.weight].where for layer in able]
+            shown = [lives[layer.weight].pattern for layer in able]
             density = sum(where.size for where in shown) / max(1, sum(where.full_shape.numel() for where in shown))
             times = []
             for option in ([], *options):
@@ -462,17 +478,43 @@ class Multilevel:
             with torch.no_grad():
                 self._compact(measure=False)
 
-    def _live(self, group: int, full: nn.Parameter, layers: list[Layer], index: Tensor | None = None) -> Live:
-        """The live part of a weight, for the layers that will compute with it alone."""
+    def _supports(
+        self, candidates: list[tuple[int, int, nn.Parameter, Regularizer]]
+    ) -> tuple[dict[nn.Parameter, Support], dict[nn.Parameter, Support]]:
+        """The support of each weight, and the entries near the threshold that are trained along."""
+        optimizer = self.optimizer
+        where, near, live = {}, {}, 0
+        for i, _, p, reg in candidates:
+            lam = float(optimizer.param_groups[i]["lam"])
+            if not self.margin or type(reg) is not L1 or lam <= 0:
+                where[p] = support(p, reg)
+                continue
+            index = beyond(optimizer.state[p]["dual"], self._reach * lam)
+            alive = Support(p, (), index).restrict(p) != 0
+            where[p], near[p] = Support(p, (), index[alive]), Support(p, (), index[~alive])
+            live += len(where[p])
+        found = sum(map(len, near.values()))
+        if near:  # about as many lie between the bound and λ as their distance says
+            ratio = min(2.0, max(0.5, self.margin * max(live, 1) / max(found, 1)))
+            self._reach = min(0.98, max(0.1, 1 - (1 - self._reach) * ratio))
+        return where, near
+
+    def _live(self, full: nn.Parameter, where: Support, near: Support | None, layers: list[Layer]) -> Live:
+        """The live part of a weight, for the layers that may compute with it alone."""
+        if layers:
+            pattern = layers[0].form.pattern
+            return Live(full, pattern(full, where.index), pattern(full, near.index) if near is not None else None)
+        return Live(full, where, near)
+
+    def _regularizer(self, group: int) -> Regularizer | None:
+        """Of the full space."""
         known = [part.regularizer for part in self._parts if part.group == group]
-        reg = known[0] if known else self.optimizer.regularizers[group]
-        return Live(full, layers[0].form.pattern(full, index) if layers else support(full, reg, index))
+        return known[0] if known else self.optimizer.regularizers[group]
 
     def _enter(self, group: int, place: int, live: Live) -> None:
         """Put the live part of a weight in its place, with its state."""
         optimizer = self.optimizer
-        known = [part.regularizer for part in self._parts if part.group == group]
-        reg = known[0] if known else optimizer.regularizers[group]
+        reg = self._regularizer(group)
         full, where = live.full, live.where
         held = optimizer.state[full]
         small = {
@@ -484,6 +526,13 @@ class Multilevel:
         part = Part(group, place, live, reg, held, small)
         self._parts.append(part)
         self._show(part, full=False)
+
+    def _hold_back(self, part: Part) -> None:
+        """Entries near the threshold that have passed it wait there: the next fine step brings them to life."""
+        if part.live.near is not None:
+            state = self.optimizer.state[part.live.values]
+            lam = (1 - 4 * torch.finfo(state["dual"].dtype).eps) * float(state["lam"])
+            state["dual"][len(part.live.pattern) :].clamp_(-lam, lam)
 
     def _show(self, part: Part, *, full: bool) -> None:
         """Let the optimizer hold the weight itself, with its state brought up to date, or its live part."""
@@ -514,7 +563,8 @@ class Multilevel:
             "group": part.group,
             "place": part.place,
             "shape": list(live.full.shape),
-            "index": live.where.index,
+            "index": live.pattern.index,
+            **({} if live.near is None else {"near": live.near.index}),
             "sparse": [layer.name for layer in self._layers if layer.live is live],
         }
 

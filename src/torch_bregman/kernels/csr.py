@@ -252,17 +252,18 @@ def built() -> Any:
 
 @functools.cache
 def find(name: str) -> Any:
-    """Where a vector is not zero: first the counts of its chunks, then, with their sums before each, the places."""
+    """Where |x| is beyond a bound: first the counts of its chunks, then, with their sums before each, the places."""
     dtype = np.dtype(name)
     lanes = LINE_BYTES // dtype.itemsize
 
     def loop(data):
-        head = carray(data, (7,), np.int64)
+        head = carray(data, (8,), np.int64)
         n, size = head[1], head[2]
         counts = carray(pointer(head[3]), (n // size + 2,), np.int64)
         index = carray(pointer(head[4]), (1 << 40,), np.int64)
         x = carray(pointer(head[5]), (n,), dtype)
-        zero = splat(dtype.type(0))
+        bound = dtype.type(carray(pointer(head[6]), (1,), np.float64)[0])
+        high, low = splat(bound), splat(-bound)
         while True:
             chunk = claim(head)
             if chunk * size >= n:
@@ -272,13 +273,13 @@ def find(name: str) -> Any:
             room, last = index[counts[chunk] :], counts[chunk + 1] - counts[chunk]
             while at < end:
                 stop = min(at + lanes, end)
-                if stop - at < lanes or some(load(x, at) != zero):  # most lines are empty, or the others cost little
+                if stop - at < lanes or some((load(x, at) > high) | (load(x, at) < low)):  # the others are passed over
                     for i in range(at, stop):
-                        if head[6] and count < last:  # not only where x is not zero, which nobody could predict:
+                        if head[7] and count < last:  # also where x is not beyond, which nobody could predict:
                             room[count] = i  # the next one overwrites it
-                        count += np.int64(x[i] != 0)
+                        count += np.int64(abs(x[i]) > bound)
                 at = stop
-            if head[6] == 0:
+            if head[7] == 0:
                 counts[chunk + 1] = count
 
     return compiled(loop)

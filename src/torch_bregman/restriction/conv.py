@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels import DTYPES, LINE_BYTES, threads
-from .csr import ALONE
+from .csr import ALONE, check_values
 from .support import Support
 
 PIXELS = 512 << 10  # bytes of input that a piece reads at most, if it can: a part of the level-2 cache
@@ -233,11 +233,11 @@ class _SparseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: ConvPattern,
-        key: tuple[Pair, Pair, Pair, int], shape: tuple[int, ...],
+        key: tuple[Pair, Pair, Pair, int], shape: tuple[int, ...], near: ConvPattern | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, values)
-        ctx.lists = pattern.lists(*key)
-        return _product(ctx.lists[0], x, values, bias, shape)
+        ctx.lists, ctx.near = pattern.lists(*key), near and (near.lists(*key)[0], len(near))
+        return _product(ctx.lists[0], x, values[: len(pattern)], bias, shape)
 
     @staticmethod
     @once_differentiable
@@ -248,10 +248,13 @@ class _SparseConv2d(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = _product(backward, grad, values, None, tuple(x.shape))
         if ctx.needs_input_grad[1]:
-            to_values = _sampled(forward, x, grad, len(values))
+            more = ctx.near[1] if ctx.near else 0
+            to_values = _sampled(forward, x, grad, len(values) - more)
+            if more:
+                to_values = torch.cat([to_values, _sampled(ctx.near[0], x, grad, more)])
         if ctx.needs_input_grad[2]:
             to_bias = grad.sum((0, 2, 3))
-        return to_x, to_values, to_bias, None, None, None
+        return to_x, to_values, to_bias, None, None, None, None
 
 
 def _check_dtypes(**tensors: Tensor | None) -> None:
@@ -265,7 +268,7 @@ def _check_dtypes(**tensors: Tensor | None) -> None:
 
 def sparse_conv2d(
     x: Tensor, values: Tensor, bias: Tensor | None, pattern: ConvPattern, stride: int | Pair = 1,
-    padding: int | Pair | str = 0, dilation: int | Pair = 1, groups: int = 1,
+    padding: int | Pair | str = 0, dilation: int | Pair = 1, groups: int = 1, *, near: ConvPattern | None = None,
 ) -> Tensor:  # fmt: skip
     """F.conv2d [batch, out, H', W'] with the weight that has `values` on `pattern` and zeros elsewhere.
 
@@ -277,6 +280,7 @@ def sparse_conv2d(
         values: the live weights, in the order of `pattern.restrict`.
         bias: [out] or None.
         stride, padding, dilation, groups: as in F.conv2d; zeros around the image, on both sides alike.
+        near: as for `sparse_linear`.
 
     Raises:
         ImportError: without Numba (extra `fast`).
@@ -299,13 +303,12 @@ def sparse_conv2d(
             f"`x` has shape {tuple(x.shape)}; expected images that, with padding {around}, are no smaller than the "
             f"kernel {tuple(kernel)} with dilation {spread}."
         )
-    if tuple(values.shape) != (len(pattern),):
-        raise ValueError(f"`values` has shape {tuple(values.shape)}; expected ({len(pattern)},).")
+    check_values(values, pattern, near)
     if bias is not None and tuple(bias.shape) != (out,):
         raise ValueError(f"`bias` has shape {tuple(bias.shape)}; expected ({out},).")
     _check_dtypes(x=x, values=values, bias=bias)
     shape = (len(x), out, *size)
-    return _SparseConv2d.apply(x, values, bias, pattern, (steps, around, spread, groups), shape)  # type: ignore[no-untyped-call]
+    return _SparseConv2d.apply(x, values, bias, pattern, (steps, around, spread, groups), shape, near)  # type: ignore[no-untyped-call]
 
 
 class _MaxPool2d(torch.autograd.Function):

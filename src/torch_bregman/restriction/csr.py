@@ -84,8 +84,9 @@ def _batch_last(x: Tensor) -> Tensor:
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, whole: nn.Parameter | None
-    ) -> Tensor:
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, whole: nn.Parameter | None,
+        near: Pattern | None,
+    ) -> Tensor:  # fmt: skip
         from ..kernels import csr
 
         xt = _batch_last(x)
@@ -100,11 +101,11 @@ class _SparseLinear(torch.autograd.Function):
             None if bias is None else bias.contiguous(),
         )
         ctx.save_for_backward(xt, values)
-        ctx.pattern, ctx.whole = pattern, whole
+        ctx.pattern, ctx.whole, ctx.near = pattern, whole, near
         return y.t()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels import csr
 
         (grad,) = grads
@@ -118,19 +119,22 @@ class _SparseLinear(torch.autograd.Function):
             to_x = to_x.t()
         if ctx.needs_input_grad[1]:
             to_values = torch.empty_like(values)
-            _run(csr.sampled(name), pattern.lists[0], to_values, xt, gt, None)
+            _run(csr.sampled(name), pattern.lists[0], to_values[: len(pattern)], xt, gt, None)
+            if ctx.near is not None:
+                _run(csr.sampled(name), ctx.near.lists[0], to_values[len(pattern) :], xt, gt, None)
         if ctx.needs_input_grad[2]:
             to_bias = gt.sum(1)
         if ctx.whole is not None and ctx.whole.grad is None:
             ctx.whole.grad = gt @ xt.t()
         elif ctx.whole is not None:
             ctx.whole.grad.addmm_(gt, xt.t())
-        return to_x, to_values, to_bias, None, None
+        return to_x, to_values, to_bias, None, None, None
 
 
 def sparse_linear(
-    x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, *, whole: nn.Parameter | None = None
-) -> Tensor:
+    x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, *,
+    whole: nn.Parameter | None = None, near: Pattern | None = None,
+) -> Tensor:  # fmt: skip
     """y = x Wᵀ + b [batch, out], where W [out, in] has `values` on `pattern` and zeros elsewhere.
 
     Forward, the gradient to x and the gradient to `values` each cost 2·batch·len(pattern) operations; nothing of the
@@ -141,6 +145,8 @@ def sparse_linear(
         values: the live weights, in the order of `pattern.restrict`.
         bias: [out] or None.
         whole: W itself; then backward also adds the gradient of all its entries to `whole.grad`, by a dense product.
+        near: further entries of W, all zero, whose gradient is wanted too: `values` goes on with theirs, which are not
+            looked at.
 
     Raises:
         ImportError: without Numba (extra `fast`).
@@ -150,8 +156,7 @@ def sparse_linear(
     out, n = pattern.shape
     if x.dim() != 2 or x.shape[1] != n:
         raise ValueError(f"`x` has shape {tuple(x.shape)}; expected [batch, {n}].")
-    if tuple(values.shape) != (len(pattern),):
-        raise ValueError(f"`values` has shape {tuple(values.shape)}; expected ({len(pattern)},).")
+    check_values(values, pattern, near)
     if bias is not None and tuple(bias.shape) != (out,):
         raise ValueError(f"`bias` has shape {tuple(bias.shape)}; expected ({out},).")
     for name, tensor in (("x", x), ("values", values), ("bias", bias), ("whole", whole)):
@@ -161,4 +166,11 @@ def sparse_linear(
             raise ValueError(
                 f"`{name}` is {tensor.dtype} on {tensor.device}; expected float32 or float64, all alike, on a CPU."
             )
-    return _SparseLinear.apply(x, values, bias, pattern, whole)  # type: ignore[no-untyped-call]
+    return _SparseLinear.apply(x, values, bias, pattern, whole, near)  # type: ignore[no-untyped-call]
+
+
+def check_values(values: Tensor, pattern: Support, near: Support | None) -> None:
+    """ValueError unless `values` has an entry for each of the pattern's and each of `near`."""
+    wanted = len(pattern) + (0 if near is None else len(near))
+    if tuple(values.shape) != (wanted,):
+        raise ValueError(f"`values` has shape {tuple(values.shape)}; expected ({wanted},).")

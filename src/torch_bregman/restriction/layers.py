@@ -44,18 +44,24 @@ class Form:
     name: str
     pattern: Callable[[Tensor, Tensor | None], Any]
     dense: Callable[[Any, Tensor, Tensor], Tensor]
-    sparse: Callable[[Any, Tensor, Tensor, Any, nn.Parameter | None], Tensor]
+    sparse: Callable[[Any, Tensor, Tensor, Any, nn.Parameter | None, Any], Tensor]
     whole: bool
 
 
-def _sparse_linear(module: Any, x: Tensor, values: Tensor, pattern: Pattern, whole: nn.Parameter | None) -> Tensor:
+def _sparse_linear(
+    module: Any, x: Tensor, values: Tensor, pattern: Pattern, whole: nn.Parameter | None, near: Pattern | None
+) -> Tensor:
     flat = x if x.dim() == 2 else x.flatten(0, -2)
-    y = sparse_linear(flat, values, module.bias, pattern, whole=whole)
+    y = sparse_linear(flat, values, module.bias, pattern, whole=whole, near=near)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
 
 
-def _sparse_conv(module: Any, x: Tensor, values: Tensor, pattern: ConvPattern, whole: nn.Parameter | None) -> Tensor:
-    return sparse_conv2d(x, values, module.bias, pattern, module.stride, module.padding, module.dilation, module.groups)
+def _sparse_conv(
+    module: Any, x: Tensor, values: Tensor, pattern: ConvPattern, whole: nn.Parameter | None, near: ConvPattern | None
+) -> Tensor:
+    return sparse_conv2d(
+        x, values, module.bias, pattern, module.stride, module.padding, module.dilation, module.groups, near=near
+    )
 
 
 FORMS: dict[Any, Form] = {
@@ -91,16 +97,26 @@ def form_of(module: nn.Module) -> Form | None:
 class Live:
     """A weight W in the full space and its live part, which the optimizer trains in its place.
 
+    Entries `near` the threshold may be trained along: their v moves with their gradient, but W stays zero there until
+    the optimizer has W again.
+
     Attributes:
         full: W. Always holds the live values, and zeros elsewhere.
-        values: the live part, as `where.restrict(W)` gives it.
+        pattern: the live entries or groups of W.
+        near: further entries, or None.
+        where: both, one after the other.
+        values: of `where`; as long as W is restricted, those of `near` are not looked at.
         finished: the optimizer holds W again, and its gradient is that of all of W.
         version: of W when it was last written here; another one says that somebody else wrote to it.
         stale: the values have moved on since W was written; it is brought up to date when somebody looks at it.
     """
 
-    def __init__(self, full: nn.Parameter, where: Support) -> None:
-        self.full, self.where = full, where
+    def __init__(self, full: nn.Parameter, pattern: Support, near: Support | None = None) -> None:
+        self.full, self.pattern, self.near = full, pattern, near
+        self.where = pattern
+        if near is not None:
+            self.where = Support(full, (), torch.cat([pattern.index, near.index]))
+        where = self.where
         self.plain = full.detach()  # W, for those who know what they do
         self.values = nn.Parameter(where.restrict(full))
         self.finished = self.stale = self.waits = False
@@ -129,12 +145,12 @@ class Live:
         if self.stale:
             self.stale = False
             with torch.no_grad():
-                self.where.prolong(self.values.detach(), self.plain)
+                self.pattern.prolong(self.values.detach()[: len(self.pattern)], self.plain)
             self.version = self.plain._version
 
     def read(self) -> None:
         """The values, from W."""
-        self.values.detach().copy_(self.where.restrict(self.plain))
+        self.values.detach()[: len(self.pattern)].copy_(self.pattern.restrict(self.plain))
         self.version = self.plain._version
 
     def edited(self, *, closely: bool = False) -> bool:
@@ -143,7 +159,7 @@ class Live:
             return True
         if not closely or self.stale:
             return False
-        return not torch.equal(self.where.restrict(self.plain), self.values.detach())
+        return not torch.equal(self.pattern.restrict(self.plain), self.values.detach()[: len(self.pattern)])
 
     def finish(self) -> None:
         """Leave gradients where they belong; the values stay for those that still compute with them."""
@@ -215,10 +231,10 @@ class Layer(Watch):
                 return None
         live = self.live
         if not training or not live.finished:
-            return self.form.sparse(module, x, live.values, live.where, None)
+            return self.form.sparse(module, x, live.values, live.pattern, None, live.near)
         if not self.form.whole:
             return None
-        return self.form.sparse(module, x, live.values.detach(), live.where, weight)
+        return self.form.sparse(module, x, live.values.detach(), live.pattern, weight, live.near)
 
     def _positions(self, x: Tensor) -> int:
         """At how many places of x the weights are applied."""

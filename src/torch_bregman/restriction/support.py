@@ -35,7 +35,7 @@ class Support:
         self.kept_shape = tuple(weight.shape[d] for d in self.keeps)
         if index is None:
             index = (
-                _nonzero(weight.detach()) if not spans else (weight.detach() != 0).any(dim=spans).reshape(-1).nonzero()
+                beyond(weight.detach()) if not spans else (weight.detach() != 0).any(dim=spans).reshape(-1).nonzero()
             )
             index = index.reshape(-1)
         self.index = index.to(weight.device, torch.int64)
@@ -100,17 +100,18 @@ class Support:
         return full.reshape(-1), self.index
 
 
-def _nonzero(weight: Tensor) -> Tensor:
-    """Where a weight is not zero, numbered row by row."""
+def beyond(weight: Tensor, bound: float = 0.0) -> Tensor:
+    """Where |weight| > `bound`, numbered row by row."""
     if not _by_kernel(weight, weight.numel()) or not weight.is_contiguous():
-        return weight.reshape(-1).nonzero()
+        return (weight.reshape(-1).abs() > bound).nonzero().squeeze(1)
     from ..kernels import csr
 
     counts, index = torch.zeros(-(-weight.numel() // FIND) + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     for write in (0, 1):
         if write:
             index = torch.empty(int(counts.cumsum_(0)[-1]), dtype=torch.int64)
-        addresses = [t.data_ptr() for t in (counts, index, weight)]
+        limit = np.array([bound])
+        addresses = [*(t.data_ptr() for t in (counts, index, weight)), limit.ctypes.data]
         head = np.array([0, weight.numel(), FIND, *addresses, write], np.int64)
         threads.run(csr.find(DTYPES[weight.dtype]), head.ctypes.data, alone=False)
     return index
