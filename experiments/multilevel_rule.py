@@ -34,7 +34,8 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("9 coarse, 1 fine", {"coarse_steps": 9, "fine_steps": 1}),
     ("9 coarse, 1 fine, boost 3.2 (noise)", {"coarse_steps": 9, "fine_steps": 1, "boost": 10**0.5}),
     ("9 coarse, 1 fine, boost 10 (drift)", {"coarse_steps": 9, "fine_steps": 1, "boost": 10.0}),
-    ("default: 4 coarse growing to 19, 1 fine", {}),
+    ("4 coarse growing to 19, 1 fine", {"margin": 0.0}),
+    ("default: 4 coarse growing to 19, margin 1", {}),
 ]
 
 

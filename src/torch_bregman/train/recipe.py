@@ -86,6 +86,9 @@ class Recipe:
     fine_steps: int | None = None
     """With --multilevel: steps with the gradient of all weights in a row. [1]"""
 
+    margin: float | None = None
+    """With --multilevel: weights near the threshold that are trained along, per live one. [1, with --coarse-steps 0]"""
+
     boost: float | None = None
     """With --multilevel: factor on the fine steps of weights that are zero. [1]"""
 
@@ -169,6 +172,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < low):
                 raise ValueError(f"Invalid `{name}`: {value!r}; expected a whole number of at least {low}.")
+        if self.margin is not None:
+            check_number("margin", self.margin)
         if self.boost is not None:
             check_number("boost", self.boost, strict=True)
         for name in ("lam", "lr", "eps", "weight_decay", "noise"):
@@ -187,7 +192,7 @@ class Recipe:
     def twin(self) -> Recipe:
         """The dense twin: the same network and data, trained with Adam."""
         own = {"optimizer": "adam", "lr": None, "eps": None, "density": None, "lam": None, "momentum": 0.0,
-               "multilevel": False, "coarse_steps": None, "fine_steps": None, "boost": None}  # fmt: skip
+               "multilevel": False, "coarse_steps": None, "fine_steps": None, "margin": None, "boost": None}  # fmt: skip
         return Recipe(**{**asdict(self), **own}).check()
 
     @staticmethod
@@ -254,7 +259,7 @@ def make_levels(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Modu
     """Fine and coarse steps, where they were asked for."""
     if not recipe.multilevel or not isinstance(optimizer, BregmanOptimizer):
         return None
-    return Multilevel(model, optimizer, recipe.coarse_steps, recipe.fine_steps, recipe.boost)
+    return Multilevel(model, optimizer, recipe.coarse_steps, recipe.fine_steps, recipe.boost, margin=recipe.margin)
 
 
 def make_control(
