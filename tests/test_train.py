@@ -106,6 +106,18 @@ def test_asked_is_got(arrays, tmp_path, optimizer, density):
         {"model": "mlp", "precision": "bf16"},
         {"model": "autoencoder", "regularizer": "group-l1", "density": 0.2},
         {"model": "resnet18", "limit": 64, "batch_size": 32, "epochs": 1},
+        {"model": "mlp", "multilevel": True},
+        {"model": "mlp", "multilevel": True, "coarse_steps": 5, "fine_steps": 2, "boost": 2.0, "margin": 0.5},
+        {"model": "convnet", "multilevel": True, "coarse_steps": 3, "optimizer": "linbreg", "lr": 0.1},
+        {
+            "model": "convnet",
+            "multilevel": True,
+            "coarse_steps": 3,
+            "regularizer": "group-l1",
+            "groups": "filters",
+            "density": 0.3,
+        },
+        {"model": "mlp", "multilevel": True, "coarse_steps": 3, "regularizer": "nuclear", "lam": 0.5, "density": None},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -204,10 +216,13 @@ def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
         {"schedule": "plateau"},
         {"control": "exact"},
         {"precision": "bf16"},
+        {"multilevel": True, "coarse_steps": 3, "margin": 1.0},
     ],
     ids=str,
 )
 def test_stopping_in_the_middle_of_an_epoch_and_going_on(arrays, tmp_path, monkeypatch, options):
+    for name in ("MARGIN", "ABLE"):  # timings of two runs differ, and then the last bits do
+        monkeypatch.setattr(f"torch_bregman.restriction.choice.{name}", 0.0)
     recipe = small(arrays, **options)
     fit(recipe, tmp_path / "whole", quiet=True)
     monkeypatch.setattr("torch_bregman.train.loop.LOOK_EVERY", 0.0)
@@ -362,6 +377,8 @@ def test_the_recipe_is_the_run(tmp_path):
         (["digits", "--device", "cuda:77"], r"`device`: 'cuda:77'"),
         (["digits", "--optimizer", "adam", "--density", "0.1"], r"`density`: 0.1; adam trains dense"),
         (["digits", "--regularizer", "nuclear"], r"low rank"),
+        (["digits", "--multilevel", "--optimizer", "adam"], r"`multilevel`: True; adam has no dual"),
+        (["digits", "--multilevel", "--coarse-steps", "-1"], r"`coarse_steps`: -1"),
         (["mnst"], r"mnst.*mnist"),
         (["nothere.npz"], r"nothere.npz"),
         (["digits", "--densty", "0.1"], r"Did you mean --density"),

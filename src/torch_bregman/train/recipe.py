@@ -191,8 +191,8 @@ class Recipe:
 
     def twin(self) -> Recipe:
         """The dense twin: the same network and data, trained with Adam."""
-        own = {"optimizer": "adam", "lr": None, "eps": None, "density": None, "lam": None, "momentum": 0.0,
-               "multilevel": False, "coarse_steps": None, "fine_steps": None, "margin": None, "boost": None}  # fmt: skip
+        own = {"optimizer": "adam", "momentum": 0.0, "multilevel": False}
+        own |= dict.fromkeys(["lr", "eps", "density", "lam", "coarse_steps", "fine_steps", "margin", "boost"])
         return Recipe(**{**asdict(self), **own}).check()
 
     @staticmethod
