@@ -17,7 +17,7 @@ from .restriction import choice as choosing
 from .restriction.choice import Choice, Timings
 from .restriction.graph import Graph, Untraceable
 from .restriction.layers import Layer, Live, Seen, Watch, form_of, pools
-from .restriction.narrow import Narrow, Whole, seconds
+from .restriction.narrow import Narrow, Whole
 
 MARGIN = 1.0
 LOOK_EVERY = 100  # steps between looks whether restricting has become faster
@@ -342,11 +342,6 @@ class Multilevel:
     def _restrict(self) -> bool:
         """Choose how each layer will compute, and go to the live parts; False, and nothing done, if none gains."""
         candidates = self._candidates()
-        # λ may have been moved since the weights were written.
-        moved = {
-            i for i, _, p, _ in candidates if self.optimizer.state[p]["lam"] != self.optimizer.param_groups[i]["lam"]
-        }
-        self.optimizer.refresh(moved)
         rows = any(by_rows(reg) for *_, reg in candidates)
         where, near = self._supports(candidates)
         chosen: dict[Layer, Choice] = {}
@@ -437,7 +432,11 @@ class Multilevel:
             except ValueError:  # a module that is no Linear or Conv
                 return False
             if measure:
-                dense, small = seconds(self.model, whole.inputs), seconds(narrow.model, whole.inputs)
+                share = sum(p.numel() for p in narrow.model.parameters()) / max(
+                    1, sum(p.numel() for p in self.model.parameters())
+                )
+                dense = self.timings.forward("dense", self.model, whole.inputs)
+                small = self.timings.forward("compact", narrow.model, whole.inputs, share)
         finally:
             for watch in watches:
                 watch.watch()
@@ -449,7 +448,6 @@ class Multilevel:
         }
         new = [live for live in narrow.lives if not any(live is part.live for part in self._parts)]
         if measure:
-            share = sum(p.numel() for p in narrow.model.parameters()) / sum(p.numel() for p in self.model.parameters())
             faster = bool(narrow.lives) and small < choosing.MARGIN * dense and all(live.full in places for live in new)
             self.choices["(network)"] = Choice("compact" if faster else "dense", share, dense, small)
             if not faster:
@@ -483,7 +481,9 @@ class Multilevel:
     ) -> tuple[dict[nn.Parameter, Support], dict[nn.Parameter, Support]]:
         """The support of each weight, and the entries near the threshold that are trained along."""
         optimizer = self.optimizer
-        where, near, live = {}, {}, 0
+        where: dict[nn.Parameter, Support] = {}
+        near: dict[nn.Parameter, Support] = {}
+        live = 0
         for i, _, p, reg in candidates:
             lam = float(optimizer.param_groups[i]["lam"])
             if not self.margin or type(reg) is not L1 or lam <= 0:

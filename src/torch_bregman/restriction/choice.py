@@ -70,6 +70,18 @@ class Timings:
         shapes = [tuple(x.shape) for x in inputs]
         return self._time(f"network {key} {shapes} {torch.get_num_threads()} threads {_rounded(density)}", lambda: run)
 
+    def forward(self, kind: str, model: nn.Module, inputs: tuple[Tensor, ...], share: float = 1.0) -> float:
+        """Seconds of a forward pass through a network that has this share of the parameters, which changes nothing."""
+
+        def run() -> None:
+            with untouched(model):
+                model.forward(*inputs)
+                if inputs[0].is_cuda:
+                    torch.cuda.synchronize()
+
+        shapes = [tuple(x.shape) for x in inputs]
+        return self._time(f"forward {kind} {shapes} {torch.get_num_threads()} threads {_rounded(share)}", lambda: run)
+
     def _time(self, key: str, make: Callable[[], Callable[[], object]]) -> float:
         if key not in self.seconds:
             run, best = make(), math.inf

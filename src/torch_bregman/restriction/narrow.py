@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .compact import Compact, _shallow
-from .graph import Cut, Graph, constant_image, padded, untouched
+from .graph import Cut, Graph, constant_image, padded
 from .layers import Live, Watch
 from .support import Support
 
@@ -176,18 +174,3 @@ class Whole(Watch):
         if self.narrow is not None and self.narrow.passes:
             self.narrow.finish(self.narrow.passes)
             self.narrow.passes = 0
-
-
-def seconds(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """Of a forward pass, the shortest of three, which changes nothing."""
-    best = math.inf
-    for _ in range(3):
-        with untouched(model):
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            model.forward(*inputs)
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-    return best
