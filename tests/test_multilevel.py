@@ -449,6 +449,44 @@ def test_looking_changes_nothing_and_shows_the_full_network(at: int, form: str) 
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
+def test_whoever_looks_at_a_weight_sees_its_live_values(form: str) -> None:
+    """Also through a reference that was taken before, and without ending the phase."""
+    model = mlp()
+    weight = model[2].weight
+    optimizer = OPTIMIZERS["linbreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(model, optimizer, coarse_steps=50, fine_steps=1)
+    looks: list[Callable[[], Tensor]] = [
+        lambda: weight.clone(),
+        lambda: weight.detach() + 0,
+        lambda: weight.data.clone(),
+        lambda: 1 * weight,
+        lambda: torch.cat([weight]),
+        lambda: weight[:],
+        lambda: torch.from_numpy(weight.detach().numpy()),
+        lambda: model.state_dict()["2.weight"],
+        lambda: dict(model.named_parameters())["2.weight"].detach(),
+        lambda: copy.deepcopy(model)[2].weight,
+        lambda: copy.deepcopy(weight),
+        lambda: torch._foreach_mul([weight], 1.0)[0],
+    ]
+    train(model, optimizer, range(2), levels.step)
+    for i, look in enumerate(looks, 2):
+        train(model, optimizer, range(i, i + 1), levels.step)
+        live = next(part.live for part in levels._parts if part.live.full is weight)
+        assert live.stale == (form == "sparse")
+        assert weight.shape == (15, 20)
+        assert weight.grad is None
+        assert live.stale == (form == "sparse")  # that told nothing about the entries
+        seen = look()
+        assert not live.stale
+        assert torch.equal(live.where.restrict(seen), live.values)
+        assert int(seen.count_nonzero()) == int(live.values.count_nonzero())
+        assert type(seen) in (Tensor, nn.Parameter)
+    levels.leave()
+    assert type(weight) is nn.Parameter
+    assert model[2].weight is weight
+
+
 def test_weights_that_are_changed_from_outside_are_honoured(form: str) -> None:
     model = mlp()
     optimizer = OPTIMIZERS["linbreg"](tb.param_groups(model, tb.L1(), lam=0.05))

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_bregman.restriction import Pattern, sparse_linear
+from torch_bregman.kernels import BAND
+from torch_bregman.restriction import Pattern, Support, beyond, sparse_linear
+from torch_bregman.restriction.support import MANY
 
 pytest.importorskip("numba")
 
@@ -120,3 +122,65 @@ def test_what_does_not_fit_is_named() -> None:
         sparse_linear(x, values.double(), None, pattern)
     with pytest.raises(ValueError, match=r"`x` is torch\.bfloat16"):
         sparse_linear(x.bfloat16(), values.bfloat16(), None, pattern)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bound", [0.0, 1.5])
+def test_large_tensors_are_searched_and_moved_by_kernels_alike(bound: float, dtype: torch.dtype) -> None:
+    weight = sparse((700, 613), 0.3, dtype)
+    flat = weight.view(-1)
+    index = beyond(weight, bound)
+    assert torch.equal(index, (flat.abs() > bound).nonzero().squeeze(1))
+    assert len(index) > MANY or bound
+    where, other = Support(weight, (), index), torch.randn(700, 613, dtype=dtype)
+    assert torch.equal(where.restrict(other), other.view(-1)[index])
+    target = other.clone()
+    where.prolong(torch.arange(len(index), dtype=dtype), target)
+    wanted = other.view(-1).clone()
+    wanted[index] = torch.arange(len(index), dtype=dtype)
+    assert torch.equal(target.view(-1), wanted)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "gaps"])
+@pytest.mark.parametrize("spans", [(), (1, 2, 3), (0, 2, 3), (2, 3)])
+def test_supports_do_not_depend_on_the_layout(layout: str, spans: tuple[int, ...]) -> None:
+    plain = sparse((6, 5, 12), 0.1).view(6, 5, 3, 4)
+    full = {
+        "contiguous": plain.clone(),
+        "channels_last": plain.clone(memory_format=torch.channels_last),
+        "transposed": plain.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        "gaps": torch.stack([plain, plain], -1)[..., 0],
+    }[layout]
+    assert torch.equal(full, plain)
+    one, two = Support(plain, spans), Support(full, spans)
+    assert torch.equal(one.index, two.index)
+    assert torch.equal(one.restrict(plain), two.restrict(full))
+    two.prolong(2 * one.restrict(plain), full)
+    live = (plain != 0).any(dim=spans, keepdim=True).expand_as(plain) if spans else plain != 0
+    assert torch.equal(full, torch.where(live, 2 * plain, plain))
+    assert one.size == int(live.sum())
+    two.prolong(one.restrict(plain), full.fill_(1.0), zeros=True)
+    assert torch.equal(full, torch.where(live, plain, 0.0))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (130, 90), (900, 2000), (2000, 900)])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.6])
+def test_compressed_rows_of_the_matrix_and_its_transpose(shape: tuple[int, int], density: float) -> None:
+    weight = sparse(shape, density)
+    rows, columns = Pattern(weight).lists
+    for lists, matrix in ((rows, weight), (columns, weight.t())):
+        out = len(matrix)
+        ends = lists.start[:: lists.blocks]
+        assert torch.equal(torch.diff(ends), (matrix != 0).sum(1))
+        entries = (matrix != 0).nonzero()
+        assert torch.equal(lists.column.long(), entries[:, 1])
+        assert len(lists.start) == out * lists.blocks + 1
+        assert lists.rows == out
+    values = Pattern(weight).restrict(weight)
+    assert columns.source is not None
+    assert columns.place is not None
+    band = columns.start[:: BAND * columns.blocks]
+    fetched = torch.empty_like(values)
+    for begin, end in zip(band, [*band[1:], len(values)], strict=True):
+        fetched[begin + columns.place[begin:end].long()] = values[columns.source[begin:end].long()]
+    assert torch.equal(fetched, weight.t()[weight.t() != 0])
