@@ -231,6 +231,32 @@ def test_compact_networks_have_the_gradients_of_the_whole(seed: int, monkeypatch
         torch.testing.assert_close(model(x), twin(x))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_compact_network_on_a_gpu_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "MARGIN", float("inf"))
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = Residual()
+        for layer in (model.stem, model.a, model.b, model.hidden):
+            layer.weight.data[::2] = 0
+        model.to(device)
+        groups = {"deep.*": None, "head.*": None, nn.Conv2d: tb.GroupL1("filters"), nn.Linear: tb.GroupL1("rows")}
+        optimizer = tb.AdaBreg(tb.param_groups(model, groups, lam=0.01), lr=1e-3)
+        levels = tb.Multilevel(model, optimizer, coarse_steps=4, fine_steps=1)
+        for i in range(14):
+            x, y = (t.to(device) for t in batch(i, (2, 8, 8)))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            levels.step()
+        assert levels.choices["(network)"].kind == "compact"
+        results.append([t.detach().cpu() for t in model.state_dict().values()])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("stop", [2, 4, 6, 9])
 def test_a_compact_run_resumes_bit_for_bit(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "MARGIN", float("inf"))
@@ -559,6 +585,35 @@ def test_accumulated_gradients_and_closures(form: str) -> None:
             levels.step()
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_parts_of_a_sequential_answer_as_ever(form: str) -> None:
+    """What is fused within a Sequential is not when its parts are called, or are looked at by hooks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Sequential(nn.Flatten(), nn.Linear(54, 20), nn.ReLU()),
+        nn.Linear(20, 3),
+    )  # fmt: skip
+    tb.sparse_init_(model, 0.3)
+    optimizer = OPTIMIZERS["linbreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(model, optimizer, coarse_steps=50, fine_steps=1)
+    train(model, optimizer, range(3), levels.step, shape=(2, 8, 8))
+    x, _ = batch(0, (2, 8, 8))
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(model(x), twin(x))
+    for end in range(1, 5):
+        torch.testing.assert_close(model[:end](x), twin[:end](x))
+    step = x
+    for mine, theirs in zip(model, twin, strict=True):
+        torch.testing.assert_close(mine(step), theirs(step))
+        step = mine(step)
+    seen: list[Tensor] = []
+    for place in (model[0], model[1], model[3][1]):
+        place.register_forward_hook(lambda module, args, y: seen.append(y.detach().clone()))
+    model(x)
+    torch.testing.assert_close(seen[0], twin[0](x))
+    torch.testing.assert_close(seen[1], twin[:2](x))
+    torch.testing.assert_close(seen[2], twin[3][:2](twin[:3](x)))
 
 
 def test_a_penalty_on_the_weights_reaches_the_live_ones(form: str) -> None:

@@ -53,6 +53,30 @@ def test_it_is_the_dense_layer_with_masked_gradients(
         torch.testing.assert_close(gradients[2], full[2], **tolerance)
 
 
+@pytest.mark.parametrize("batch", [1, 15, 128, 137])
+@pytest.mark.parametrize("shape", [(33, 129), (40, 2000)])
+def test_a_relu_and_further_entries_in_the_same_pass(shape: tuple[int, int], batch: int) -> None:
+    weight = sparse(shape, 0.2).requires_grad_()
+    pattern, near = Pattern(weight), Pattern(weight, (weight == 0).view(-1).nonzero().view(-1)[::3])
+    values = torch.cat([pattern.restrict(weight), torch.full((len(near),), 7.0, dtype=torch.float64)]).requires_grad_()
+    bias = torch.randn(shape[0], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(batch, shape[1], dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(batch, shape[0], dtype=torch.float64)
+    got, wanted = sparse_linear(x, values, bias, pattern, near=near, relu=True), F.linear(x, weight, bias).relu()
+    torch.testing.assert_close(got, wanted)
+    ours = torch.autograd.grad(got, [x, values, bias], upstream)
+    theirs = torch.autograd.grad(wanted, [x, weight, bias], upstream)
+    torch.testing.assert_close(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], torch.cat([pattern.restrict(theirs[1]), near.restrict(theirs[1])]))
+    torch.testing.assert_close(ours[2], theirs[2])
+    odd = torch.full((batch, shape[1]), float("inf"), dtype=torch.float64)
+    torch.testing.assert_close(
+        sparse_linear(odd, values, bias, pattern, near=near, relu=True),
+        sparse_linear(odd, values, bias, pattern, near=near).relu(),
+        equal_nan=True,
+    )
+
+
 def test_gradients_by_finite_differences() -> None:
     weight = sparse((7, 9), 0.3)
     pattern = Pattern(weight)

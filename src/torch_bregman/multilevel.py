@@ -16,7 +16,7 @@ from .restriction import Support, beyond, elementwise, restricted_regularizer, s
 from .restriction import choice as choosing
 from .restriction.choice import Choice, Timings
 from .restriction.graph import Graph, Untraceable
-from .restriction.layers import Layer, Live, Seen, Watch, form_of, pools
+from .restriction.layers import Layer, Live, Seen, Watch, chains, form_of
 from .restriction.narrow import Narrow, Whole
 
 MARGIN = 1.0
@@ -156,7 +156,7 @@ class Multilevel:
         self._last: list[dict[str, Any]] = []  # the parts of the phase that has just ended, while the layers use them
         self._layers: list[Layer] = []
         self._whole: Whole | None = None
-        self._pools: list[Watch] = []
+        self._others: list[Watch] = []
         self._graph: tuple[Any, Graph | None] = (None, None)
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []
         if coarse_steps != 0:
@@ -310,12 +310,14 @@ class Multilevel:
                 layer.watch()
                 self._layers.append(layer)
         optimizer = self.optimizer
-        self._pools = pools(self.model)
-        for watch in self._pools:
-            watch.watch()
+        pools, sequentials = chains(self.model, self._layers)
+        root = next((chain for chain in sequentials if chain.module is self.model), None)
+        self._others = [*pools, *(chain for chain in sequentials if chain is not root)]
         if not any(layer.module is self.model for layer in self._layers) and len(list(self.model.modules())) > 1:
-            self._whole = Whole(self.model, self._on_call)
+            self._whole = Whole(self.model, self._on_call, root)
             self._whole.watch()
+        for watch in self._others:
+            watch.watch()
         optimizer.levels = self
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
@@ -416,7 +418,7 @@ class Multilevel:
         names = {n: m.weight for n, m in self.model.named_modules() if getattr(m, "weight", None) in rows}
         weights = set(names.values())
         given = [part.live for part in self._parts if part.live.full in weights or part.regularizer is None]
-        watches: list[Watch] = [whole, *self._layers, *self._pools]
+        watches: list[Watch] = [whole, *self._layers, *self._others]
         for watch in watches:
             watch.release()
         try:

@@ -19,13 +19,19 @@ from numba import carray
 
 from . import BAND
 from .step import compiled, function, inlined
-from .vector import LINE_BYTES, claim, fma, load, pointer, prefetch, some, splat, store, total
+from .vector import LINE_BYTES, claim, fma, load, pointer, prefetch, select, some, splat, store, total
 
-COUNTER, ROWS, CHUNK, WIDTH, START, COLUMN, VALUE, X, Y, BIAS, SOURCE, PLACE, LONGEST, BLOCKS = range(14)
+COUNTER, ROWS, CHUNK, WIDTH, START, COLUMN, VALUE, X, Y, BIAS, SOURCE, PLACE, LONGEST, BLOCKS, RELU = range(15)
 
 
 @inlined
-def _eight(values, columns, x, y, b, width, at, first, last, lanes, fresh):
+def _rectified(sums, zero, relu):
+    """max(sums, 0) if `relu`; a NaN stays one."""
+    return select(sums > zero, sums, zero) if relu else sums
+
+
+@inlined
+def _eight(values, columns, x, y, b, width, at, first, last, lanes, fresh, zero, relu):
     """Eight vectors of one row of Y: the sum begins with b if `fresh`, else with what Y holds."""
     s0 = splat(b) if fresh else load(y, at)
     s1 = splat(b) if fresh else load(y, at + lanes)
@@ -46,28 +52,28 @@ def _eight(values, columns, x, y, b, width, at, first, last, lanes, fresh):
         s5 = fma(w, load(x, i + 5 * lanes), s5)
         s6 = fma(w, load(x, i + 6 * lanes), s6)
         s7 = fma(w, load(x, i + 7 * lanes), s7)
-    store(y, at, s0)
-    store(y, at + lanes, s1)
-    store(y, at + 2 * lanes, s2)
-    store(y, at + 3 * lanes, s3)
-    store(y, at + 4 * lanes, s4)
-    store(y, at + 5 * lanes, s5)
-    store(y, at + 6 * lanes, s6)
-    store(y, at + 7 * lanes, s7)
+    store(y, at, _rectified(s0, zero, relu))
+    store(y, at + lanes, _rectified(s1, zero, relu))
+    store(y, at + 2 * lanes, _rectified(s2, zero, relu))
+    store(y, at + 3 * lanes, _rectified(s3, zero, relu))
+    store(y, at + 4 * lanes, _rectified(s4, zero, relu))
+    store(y, at + 5 * lanes, _rectified(s5, zero, relu))
+    store(y, at + 6 * lanes, _rectified(s6, zero, relu))
+    store(y, at + 7 * lanes, _rectified(s7, zero, relu))
 
 
 @inlined
-def _one(values, columns, x, y, b, width, at, first, last, fresh):
+def _one(values, columns, x, y, b, width, at, first, last, fresh, zero, relu):
     """One vector of a row of Y."""
     sums = splat(b) if fresh else load(y, at)
     for k in range(first, last):
         sums = fma(splat(values[k]), load(x, columns[k] * width + at), sums)
-    store(y, at, sums)
+    store(y, at, _rectified(sums, zero, relu))
 
 
 @functools.cache
 def product(name: str) -> Any:
-    """Y = W X + b. With SOURCE the values are those of Wᵀ, and CHUNK is BAND.
+    """Y = W X + b, with RELU max(Y, 0). With SOURCE the values are those of Wᵀ, and CHUNK is BAND.
 
     The columns of W are taken in BLOCKS, so that the rows of X in use stay in the second cache while all rows of a
     chunk pass by, and the batch in windows of eight vectors.
@@ -76,7 +82,7 @@ def product(name: str) -> Any:
     width_of, lanes = dtype.itemsize, LINE_BYTES // dtype.itemsize
 
     def loop(data):
-        head = carray(data, (14,), np.int64)
+        head = carray(data, (15,), np.int64)
         rows, width, blocks = head[ROWS], head[WIDTH], head[BLOCKS]
         start = carray(pointer(head[START]), (rows * blocks + 1,), np.int64)
         live = start[rows * blocks]
@@ -87,6 +93,7 @@ def product(name: str) -> Any:
         room = np.empty(head[LONGEST], dtype)
         x = carray(pointer(head[X]), (1 << 40,), dtype)
         bias = carray(pointer(head[BIAS]), (rows,), dtype)
+        zero = splat(dtype.type(0))
         whole = width // lanes * lanes
         while True:
             chunk = claim(head)
@@ -103,14 +110,15 @@ def product(name: str) -> Any:
             while at < whole:
                 wide = at + 8 * lanes <= whole
                 for block in range(blocks):
+                    relu = head[RELU] != 0 and block == blocks - 1
                     for row in range(begin, end):
                         y = carray(pointer(head[Y] + row * width * width_of), (width,), dtype)
                         b = bias[row] if head[BIAS] else dtype.type(0)
                         first, last = start[row * blocks + block] - before, start[row * blocks + block + 1] - before
                         if wide:
-                            _eight(values, there, x, y, b, width, at, first, last, lanes, block == 0)
+                            _eight(values, there, x, y, b, width, at, first, last, lanes, block == 0, zero, relu)
                         else:
-                            _one(values, there, x, y, b, width, at, first, last, block == 0)
+                            _one(values, there, x, y, b, width, at, first, last, block == 0, zero, relu)
                 at += 8 * lanes if wide else lanes
             if whole < width:
                 for row in range(begin, end):
@@ -119,7 +127,7 @@ def product(name: str) -> Any:
                         single = bias[row] if head[BIAS] else dtype.type(0)
                         for k in range(start[row * blocks] - before, start[(row + 1) * blocks] - before):
                             single += values[k] * x[there[k] * width + j]
-                        y[j] = single
+                        y[j] = dtype.type(0) if head[RELU] and single <= 0 else single
 
     return compiled(loop)
 
@@ -131,7 +139,7 @@ def sampled(name: str) -> Any:
     width_of, lanes = dtype.itemsize, LINE_BYTES // dtype.itemsize
 
     def loop(data):
-        head = carray(data, (14,), np.int64)
+        head = carray(data, (15,), np.int64)
         rows, width, blocks = head[ROWS], head[WIDTH], head[BLOCKS]
         start = carray(pointer(head[START]), (rows * blocks + 1,), np.int64)
         columns = carray(pointer(head[COLUMN]), (start[rows * blocks],), np.int32)
@@ -222,7 +230,7 @@ def move(name: str) -> Any:
     dtype = np.dtype(name)
 
     def loop(data):
-        head = carray(data, (14,), np.int64)
+        head = carray(data, (15,), np.int64)
         n = head[ROWS]
         index = carray(pointer(head[COLUMN]), (n,), np.int64)
         values = carray(pointer(head[VALUE]), (n,), dtype)

@@ -124,7 +124,7 @@ def _sparse(module: nn.Module, form: Form, full: Tensor, seen: Seen) -> Callable
     asked = [values, x] if seen.needs_grad else [values]
 
     def run() -> None:
-        y = form.sparse(module, x, values, where, None, None)
+        y = form.sparse(module, x, values, where, None, None, False)
         where.prolong(torch.autograd.grad(y.sum(), asked)[0], weight)
 
     return run

@@ -66,13 +66,15 @@ class Lists(NamedTuple):
     longest: int = 0
 
 
-def _run(loop: Any, lists: Lists, values: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
+def _run(
+    loop: Any, lists: Lists, values: Tensor, x: Tensor, y: Tensor, bias: Tensor | None = None, relu: bool = False
+) -> None:
     """One kernel over the rows of `lists`; x and y are batch-last."""
     work = len(lists.column) * x.shape[1]
     chunk = BAND if lists.source is not None else max(1, min(BAND, lists.rows // 16))
     tensors = (lists.start, lists.column, values, x, y, bias, lists.source, lists.place)
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    head = np.array([0, lists.rows, chunk, x.shape[1], *addresses, lists.longest, lists.blocks], np.int64)
+    head = np.array([0, lists.rows, chunk, x.shape[1], *addresses, lists.longest, lists.blocks, relu], np.int64)
     threads.run(loop, head.ctypes.data, alone=work <= ALONE)
 
 
@@ -85,55 +87,51 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, whole: nn.Parameter | None,
-        near: Pattern | None,
+        near: Pattern | None, relu: bool,
     ) -> Tensor:  # fmt: skip
         from ..kernels import csr
 
         xt = _batch_last(x)
         y = xt.new_empty(pattern.shape[0], xt.shape[1])
         values = values.contiguous()
-        _run(
-            csr.product(DTYPES[x.dtype]),
-            pattern.lists[0],
-            values,
-            xt,
-            y,
-            None if bias is None else bias.contiguous(),
-        )
-        ctx.save_for_backward(xt, values)
-        ctx.pattern, ctx.whole, ctx.near = pattern, whole, near
-        return y.t()
+        bias = None if bias is None else bias.contiguous()
+        _run(csr.product(DTYPES[x.dtype]), pattern.lists[0], values, xt, y, bias, relu)
+        ctx.pattern, ctx.whole, ctx.near, out = pattern, whole, near, y.t()
+        ctx.save_for_backward(xt, values, out if relu else None)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels import csr
 
         (grad,) = grads
-        xt, values = ctx.saved_tensors
+        xt, values, out = ctx.saved_tensors
         name, pattern = DTYPES[xt.dtype], ctx.pattern
         gt = _batch_last(grad)
+        if out is not None:
+            gt = torch.ops.aten.threshold_backward(gt, out.t(), 0)
         to_x = to_values = to_bias = None
         if ctx.needs_input_grad[0]:
             to_x = torch.empty_like(xt)
-            _run(csr.product(name), pattern.lists[1], values, gt, to_x, None)
+            _run(csr.product(name), pattern.lists[1], values, gt, to_x)
             to_x = to_x.t()
         if ctx.needs_input_grad[1]:
             to_values = torch.empty_like(values)
-            _run(csr.sampled(name), pattern.lists[0], to_values[: len(pattern)], xt, gt, None)
+            _run(csr.sampled(name), pattern.lists[0], to_values[: len(pattern)], xt, gt)
             if ctx.near is not None:
-                _run(csr.sampled(name), ctx.near.lists[0], to_values[len(pattern) :], xt, gt, None)
+                _run(csr.sampled(name), ctx.near.lists[0], to_values[len(pattern) :], xt, gt)
         if ctx.needs_input_grad[2]:
             to_bias = gt.sum(1)
         if ctx.whole is not None and ctx.whole.grad is None:
             ctx.whole.grad = gt @ xt.t()
         elif ctx.whole is not None:
             ctx.whole.grad.addmm_(gt, xt.t())
-        return to_x, to_values, to_bias, None, None, None
+        return to_x, to_values, to_bias, None, None, None, None
 
 
 def sparse_linear(
     x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, *,
-    whole: nn.Parameter | None = None, near: Pattern | None = None,
+    whole: nn.Parameter | None = None, near: Pattern | None = None, relu: bool = False,
 ) -> Tensor:  # fmt: skip
     """y = x Wᵀ + b [batch, out], where W [out, in] has `values` on `pattern` and zeros elsewhere.
 
@@ -147,6 +145,7 @@ def sparse_linear(
         whole: W itself; then backward also adds the gradient of all its entries to `whole.grad`, by a dense product.
         near: further entries of W, all zero, whose gradient is wanted too: `values` goes on with theirs, which are not
             looked at.
+        relu: max(y, 0) instead, without another pass over y.
 
     Raises:
         ImportError: without Numba (extra `fast`).
@@ -166,7 +165,7 @@ def sparse_linear(
             raise ValueError(
                 f"`{name}` is {tensor.dtype} on {tensor.device}; expected float32 or float64, all alike, on a CPU."
             )
-    return _SparseLinear.apply(x, values, bias, pattern, whole, near)  # type: ignore[no-untyped-call]
+    return _SparseLinear.apply(x, values, bias, pattern, whole, near, relu)  # type: ignore[no-untyped-call]
 
 
 def check_values(values: Tensor, pattern: Support, near: Support | None) -> None:

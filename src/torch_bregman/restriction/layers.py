@@ -7,9 +7,7 @@ what they are. Copies and pickles of it are of the stock class.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,25 +37,39 @@ class Form:
     """How a kind of module computes with a weight that is given to it, dense or as the values on a pattern.
 
     `whole`: whether the sparse form can add the gradient of the whole weight on the way back.
+    `relu`: whether it can do a ReLU that follows in the same pass.
     """
 
     name: str
     pattern: Callable[[Tensor, Tensor | None], Any]
     dense: Callable[[Any, Tensor, Tensor], Tensor]
-    sparse: Callable[[Any, Tensor, Tensor, Any, nn.Parameter | None, Any], Tensor]
+    sparse: Callable[[Any, Tensor, Tensor, Any, nn.Parameter | None, Any, bool], Tensor]
     whole: bool
+    relu: bool
 
 
 def _sparse_linear(
-    module: Any, x: Tensor, values: Tensor, pattern: Pattern, whole: nn.Parameter | None, near: Pattern | None
+    module: Any,
+    x: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    whole: nn.Parameter | None,
+    near: Pattern | None,
+    relu: bool,
 ) -> Tensor:
     flat = x if x.dim() == 2 else x.flatten(0, -2)
-    y = sparse_linear(flat, values, module.bias, pattern, whole=whole, near=near)
+    y = sparse_linear(flat, values, module.bias, pattern, whole=whole, near=near, relu=relu)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
 
 
 def _sparse_conv(
-    module: Any, x: Tensor, values: Tensor, pattern: ConvPattern, whole: nn.Parameter | None, near: ConvPattern | None
+    module: Any,
+    x: Tensor,
+    values: Tensor,
+    pattern: ConvPattern,
+    whole: nn.Parameter | None,
+    near: ConvPattern | None,
+    relu: bool,
 ) -> Tensor:
     return sparse_conv2d(
         x, values, module.bias, pattern, module.stride, module.padding, module.dilation, module.groups, near=near
@@ -71,6 +83,7 @@ FORMS: dict[Any, Form] = {
         dense=lambda module, x, weight: F.linear(x, weight, module.bias),
         sparse=_sparse_linear,
         whole=True,
+        relu=True,
     ),
     nn.Conv2d.forward: Form(
         name="Conv2d",
@@ -78,6 +91,7 @@ FORMS: dict[Any, Form] = {
         dense=lambda module, x, weight: module._conv_forward(x, weight, module.bias),
         sparse=_sparse_conv,
         whole=False,
+        relu=False,
     ),
 }
 
@@ -179,12 +193,12 @@ class Watch:
 
     def watch(self) -> None:
         """From now on the module's calls come here."""
-        self.module.__dict__["_layer"] = self
+        self.module.__dict__["_watch"] = self
         self.module.__class__ = _watched(self.base)  # type: ignore[arg-type]
 
     def release(self) -> None:
         """Make the module what it was."""
-        self.module.__dict__.pop("_layer", None)
+        self.module.__dict__.pop("_watch", None)
         self.module.__class__ = self.base
 
 
@@ -207,8 +221,8 @@ class Layer(Watch):
         self._size = 2.0 * self.weight.numel()
         self.live: Live | None = None
 
-    def forward(self, x: Tensor) -> Tensor | None:
-        """What the sparse form makes of x; None where the module shall compute as ever."""
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor | None:
+        """What the sparse form, with `relu` followed by one, makes of x; None where the module computes as ever."""
         module: Any = self.module
         weight = module._parameters["weight"]
         if torch.compiler.is_compiling() or type(x) is not Tensor:
@@ -231,10 +245,10 @@ class Layer(Watch):
                 return None
         live = self.live
         if not training or not live.finished:
-            return self.form.sparse(module, x, live.values, live.pattern, None, live.near)
+            return self.form.sparse(module, x, live.values, live.pattern, None, live.near, relu)
         if not self.form.whole:
             return None
-        return self.form.sparse(module, x, live.values.detach(), live.pattern, weight, live.near)
+        return self.form.sparse(module, x, live.values.detach(), live.pattern, weight, live.near, relu)
 
     def _positions(self, x: Tensor) -> int:
         """At how many places of x the weights are applied."""
@@ -251,14 +265,10 @@ class Layer(Watch):
 
 
 class Pool(Watch):
-    """A MaxPool2d: takes the batch-last output of a sparse convolution as it lies, with the ReLU before it in one pass.
+    """A MaxPool2d: takes the batch-last output of a sparse convolution as it lies.
 
     torch's would copy it to another layout, which takes longer than the convolution.
     """
-
-    def __init__(self, module: nn.MaxPool2d) -> None:
-        super().__init__(module)
-        self.relu = False  # whether the next input has still to go through the ReLU
 
     def takes(self, x: Tensor) -> bool:
         """Whether x lies batch-last and the pooling is a plain one."""
@@ -271,59 +281,68 @@ class Pool(Watch):
         small = all(2 * p <= k for p, k in zip(around, kernel, strict=True))
         return small and set(ones) == {1} and not pool.ceil_mode and not pool.return_indices
 
-    def forward(self, x: Tensor) -> Tensor | None:
-        relu, self.relu = self.relu, False
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor | None:
+        """The pooling of x, or of relu(x)."""
         if torch.compiler.is_compiling() or not self.takes(x):
             return None
         pool: Any = self.module
         return max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, relu=relu)
 
 
-class ReLU(Watch):
-    """A ReLU that leaves its work to the MaxPool2d which follows it in a Sequential."""
+class Chain(Watch):
+    """A Sequential: does a ReLU together with the sparse Linear before it, or with the MaxPool2d after it."""
 
-    def __init__(self, module: nn.ReLU, pool: Pool) -> None:
+    def __init__(self, module: nn.Sequential, layers: dict[nn.Module, Layer], pools: dict[nn.Module, Pool]) -> None:
         super().__init__(module)
-        self.pool = pool
+        self.layers, self.pools = layers, pools
 
     def forward(self, x: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or not self.pool.takes(x):
+        if torch.compiler.is_compiling():
             return None
-        self.pool.relu = True
+        children: list[nn.Module] = list(self.module._modules.values())  # type: ignore[arg-type]
+        i = 0
+        while i < len(children):
+            y = self._pair(children[i], children[i + 1], x) if i + 1 < len(children) else None
+            x = children[i](x) if y is None else y
+            i += 1 if y is None else 2
         return x
 
+    def _pair(self, first: nn.Module, second: nn.Module, x: Any) -> Tensor | None:
+        layer, pool = self.layers.get(first), self.pools.get(second)
+        if type(second) is nn.ReLU and layer is not None and layer.form.relu:
+            return None if _hooked(first) or _hooked(second) else layer.forward(x, relu=True)
+        if type(first) is nn.ReLU and pool is not None and pool.takes(x) and not _hooked(first) and not _hooked(second):
+            return pool.forward(x, relu=True)
+        return None
 
-def pools(model: nn.Module) -> list[Watch]:
-    """The max-poolings of a network, and the ReLUs that stand directly before one and nowhere else."""
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def chains(model: nn.Module, layers: list[Layer]) -> tuple[list[Pool], list[Chain]]:
+    """The max-poolings and the Sequentials of a network."""
     if not kernels.available():
-        return []
-    found: dict[nn.Module, Pool] = {}
-    uses = Counter(m for owner in model.modules() for m in owner._modules.values() if m is not None)
-    for module in model.modules():
-        if type(module) is nn.MaxPool2d and "forward" not in module.__dict__ and uses[module] == 1:
-            found[module] = Pool(module)
-    before: list[Watch] = []
-    for owner in model.modules():
-        if type(owner) is not nn.Sequential or owner._forward_hooks:
-            continue
-        children = list(owner)
-        for first, second in itertools.pairwise(children):
-            free = not first._forward_hooks and not first._backward_hooks and not second._forward_pre_hooks
-            if type(first) is nn.ReLU and second in found and uses[first] == 1 and free:
-                before.append(ReLU(first, found[second]))
-    return [*found.values(), *before]
+        return [], []
+    pools = [Pool(m) for m in model.modules() if type(m) is nn.MaxPool2d and "forward" not in m.__dict__]
+    by_module = {layer.module: layer for layer in layers}, {pool.module: pool for pool in pools}
+    plain = [m for m in model.modules() if type(m) is nn.Sequential and "forward" not in m.__dict__]
+    return pools, [Chain(m, *by_module) for m in plain]
 
 
 class _Watched:
-    """Mixed in before the class of a module."""
+    """Mixed in before the class of a module. A module that is made of the class, a slice of a Sequential, is plain."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        y = self.__dict__["_layer"].forward(*args, **kwargs)
+        watch = self.__dict__.get("_watch")
+        y = None if watch is None else watch.forward(*args, **kwargs)
         return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != "_layer"}
-        return object.__new__, (self.__dict__["_layer"].base,), state
+        state = {name: value for name, value in self.__dict__.items() if name != "_watch"}
+        return object.__new__, (type(self).__mro__[2],), state
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .compact import Compact, _shallow
 from .graph import Cut, Graph, constant_image, padded
-from .layers import Live, Watch
+from .layers import Chain, Live, Watch
 from .support import Support
 
 
@@ -143,12 +143,13 @@ class Whole(Watch):
     Attributes:
         inputs: of the last call in training mode; None if it cannot be traced with them.
         narrow: the compact network.
+        chain: what watches the network if it is a Sequential.
         on_call: called before the compact network is used, or, where one is `expected`, made.
     """
 
-    def __init__(self, module: nn.Module, on_call: Callable[[], None]) -> None:
+    def __init__(self, module: nn.Module, on_call: Callable[[], None], chain: Chain | None) -> None:
         super().__init__(module)
-        self.on_call = on_call
+        self.on_call, self.chain = on_call, chain
         self.inputs: tuple[Tensor, ...] | None = None
         self.narrow: Narrow | None = None
         self.expected = False
@@ -159,15 +160,19 @@ class Whole(Watch):
             return None
         if not self.module.training:
             self.catch_up()
-            return None
+            return self._itself(*args, **kwargs)
         plain = not kwargs and all(type(x) is Tensor for x in args)
         self.inputs = tuple(x.detach() for x in args) if plain else None
         if self.narrow is not None or self.expected:
             self.on_call()
         if self.narrow is None:
-            return None
+            return self._itself(*args, **kwargs)
         self.narrow.passes += 1
         return self.narrow.model.forward(*args, **kwargs)
+
+    def _itself(self, *args: Any, **kwargs: Any) -> Any:
+        """A network that is a Sequential has two watches."""
+        return None if self.chain is None or len(args) != 1 or kwargs else self.chain.forward(*args)
 
     def catch_up(self) -> None:
         """Bring the running statistics of the network up to date."""

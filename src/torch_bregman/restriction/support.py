@@ -127,7 +127,7 @@ def _move(index: Tensor, values: Tensor, source: Tensor | None, target: Tensor |
     from ..kernels import csr
 
     addresses = [0 if t is None else t.data_ptr() for t in (index, values, source, target)]
-    head = np.array([0, len(index), CHUNK, 0, 0, *addresses, 0, 0, 0, 0, 0], np.int64)
+    head = np.array([0, len(index), CHUNK, 0, 0, *addresses, 0, 0, 0, 0, 0, 0], np.int64)
     threads.run(csr.move(DTYPES[values.dtype]), head.ctypes.data, alone=False)
 
 
