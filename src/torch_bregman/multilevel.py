@@ -191,8 +191,9 @@ class Multilevel:
             control.catch_up()
         if self._restrict():
             self.left = self._coarse_steps()
-        else:  # it would not be faster: go on as ever, and look again
+        else:  # it would not be faster: go on as ever, with nothing in between, and look again
             self.left = LOOK_EVERY
+            self._watch(False)
 
     @torch.no_grad()
     def leave(self, *, at_once: bool = True) -> None:
@@ -241,6 +242,7 @@ class Multilevel:
         Raises ValueError where the optimizer's weights are others.
         """
         self.leave()
+        self._watch(True)
         self.left, self.counts = state_dict["left"], Counter(state_dict["counts"])
         self._reach = state_dict["reach"]
         self.flops, self.dense_flops = state_dict["flops"]
@@ -306,24 +308,26 @@ class Multilevel:
         for name, module in self.model.named_modules():
             form = form_of(module)
             if form is not None and id(module.weight) in trained:
-                layer = Layer(name, module, form, self._on_edit)
-                layer.watch()
-                self._layers.append(layer)
+                self._layers.append(Layer(name, module, form, self._on_edit))
         optimizer = self.optimizer
         pools, sequentials = chains(self.model, self._layers)
         root = next((chain for chain in sequentials if chain.module is self.model), None)
         self._others = [*pools, *(chain for chain in sequentials if chain is not root)]
         if not any(layer.module is self.model for layer in self._layers) and len(list(self.model.modules())) > 1:
             self._whole = Whole(self.model, self._on_call, root)
-            self._whole.watch()
-        for watch in self._others:
-            watch.watch()
+        self._watch(True)
         optimizer.levels = self
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         optimizer.register_state_dict_pre_hook(lambda _: self._show_all(full=True))
         optimizer.register_state_dict_post_hook(lambda *_: self._show_all(full=False), prepend=True)
         optimizer.register_load_state_dict_pre_hook(lambda *_: self.leave())
+
+    def _watch(self, on: bool) -> None:
+        """Stand between the modules and their calls, or not."""
+        watches: list[Watch] = [*self._layers, *self._others, *([] if self._whole is None else [self._whole])]
+        for watch in watches:
+            watch.watch() if on else watch.release()
 
     def _layers_of(self, weight: Tensor) -> list[Layer]:
         return [layer for layer in self._layers if layer.weight is weight]
@@ -356,6 +360,7 @@ class Multilevel:
         self.choices = {layer.name: replace(choice, kind="dense") for layer, choice in chosen.items()}
         if not candidates or (self.coarse_steps is None and not able and not rows):
             return False
+        self._watch(True)
         for i, place, p, _ in candidates:
             layers = [layer for layer in self._layers_of(p) if layer in able]
             self._enter(i, place, self._live(p, where[p], near.get(p), layers))
@@ -418,9 +423,7 @@ class Multilevel:
         names = {n: m.weight for n, m in self.model.named_modules() if getattr(m, "weight", None) in rows}
         weights = set(names.values())
         given = [part.live for part in self._parts if part.live.full in weights or part.regularizer is None]
-        watches: list[Watch] = [whole, *self._layers, *self._others]
-        for watch in watches:
-            watch.release()
+        self._watch(False)
         try:
             graph = self._traced(whole.inputs)
             if graph is None:
@@ -440,8 +443,7 @@ class Multilevel:
                 dense = self.timings.forward("dense", self.model, whole.inputs)
                 small = self.timings.forward("compact", narrow.model, whole.inputs, share)
         finally:
-            for watch in watches:
-                watch.watch()
+            self._watch(True)
         places = {
             p: (i, place)
             for i, group in enumerate(self.optimizer.param_groups)
