@@ -1,4 +1,4 @@
-"""Print the tables of README.md and docs/density.md from experiments/results/*.json: python experiments/table.py"""
+"""Print the tables of README.md and docs/ from experiments/results/*.json: python experiments/table.py"""
 
 from __future__ import annotations
 
@@ -30,6 +30,28 @@ def main() -> None:
         kept = ", ".join(dict.fromkeys(f"{100 * kept:.2f}" for kept in row["kept"]))
         accuracy = f"{100 * row['val_accuracy_mean']:.2f} ± {100 * row['val_accuracy_std']:.2f} %"
         print(f"| {100 * row['asked']:g} % | {row['move']} | {kept} % | {accuracy} |")
+    print("\n| rule | validation accuracy | fine steps |\n|---|---|---|")
+    for row in load("multilevel-rule")["rows"]:
+        accuracy = f"{100 * row['val_accuracy_mean']:.2f} ± {100 * row['val_accuracy_std']:.2f} %"
+        print(f"| {row['rule']} | {accuracy} | {100 * max(row['fine_share']):.1f} % |")
+    print(
+        "\n| task | method | validation | test | kept | fine steps | FLOPs | seconds |\n|---|---|---|---|---|---|---|---|"
+    )
+    for name in ("mnist-mlp", "fashion-convnet"):
+        for row in load(f"multilevel-{name}")["rows"]:
+            kept = ", ".join(dict.fromkeys(f"{100 * kept:.2f}" for kept in row["kept"]))
+            scores = [
+                f"{100 * row[f'{k}_accuracy_mean']:.2f} ± {100 * row[f'{k}_accuracy_std']:.2f} %"
+                for k in ("val", "test")
+            ]
+            fine, work = "all", "100 %"
+            if "flops" in row:
+                fine, coarse = row["fine_steps"], row["coarse_steps"]
+                fine = f"{100 * max(f / (f + c) for f, c in zip(fine, coarse, strict=True)):.1f} %"
+                work = f"{100 * max(f / d for f, d in zip(row['flops'], row['dense_flops'], strict=True)):.0f} %"
+            print(
+                f"| {name} | {row['method']} | {' | '.join(scores)} | {kept} % | {fine} | {work} | {max(row['seconds']):.0f} |"
+            )
 
 
 if __name__ == "__main__":
