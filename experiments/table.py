@@ -34,24 +34,22 @@ def main() -> None:
     for row in load("multilevel-rule")["rows"]:
         accuracy = f"{100 * row['val_accuracy_mean']:.2f} ± {100 * row['val_accuracy_std']:.2f} %"
         print(f"| {row['rule']} | {accuracy} | {100 * max(row['fine_share']):.1f} % |")
-    print(
-        "\n| task | method | validation | test | kept | fine steps | FLOPs | seconds |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("\n| task | method | validation | test | kept | fine steps | FLOPs | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in ("mnist-mlp", "fashion-convnet"):
         for row in load(f"multilevel-{name}")["rows"]:
             kept = ", ".join(dict.fromkeys(f"{100 * kept:.2f}" for kept in row["kept"]))
-            scores = [
-                f"{100 * row[f'{k}_accuracy_mean']:.2f} ± {100 * row[f'{k}_accuracy_std']:.2f} %"
-                for k in ("val", "test")
-            ]
+            cells = [name, row["method"]]
+            for kind in ("val", "test"):
+                mean, spread = row[f"{kind}_accuracy_mean"], row[f"{kind}_accuracy_std"]
+                cells.append(f"{100 * mean:.2f} ± {100 * spread:.2f} %")
             fine, work = "all", "100 %"
             if "flops" in row:
                 fine, coarse = row["fine_steps"], row["coarse_steps"]
                 fine = f"{100 * max(f / (f + c) for f, c in zip(fine, coarse, strict=True)):.1f} %"
                 work = f"{100 * max(f / d for f, d in zip(row['flops'], row['dense_flops'], strict=True)):.0f} %"
-            print(
-                f"| {name} | {row['method']} | {' | '.join(scores)} | {kept} % | {fine} | {work} | {max(row['seconds']):.0f} |"
-            )
+            cells += [f"{kept} %", fine, work, f"{max(row['seconds']):.0f}"]
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
