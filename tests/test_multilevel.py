@@ -587,6 +587,29 @@ def test_accumulated_gradients_and_closures(form: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
+def test_scaled_losses_and_clipping_by_the_parameters_of_the_optimizer(form: str) -> None:
+    results = []
+    for scale in (1.0, 2.0**10):
+        model = mlp()
+        optimizer = OPTIMIZERS["adabreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+        levels = tb.Multilevel(model, optimizer, coarse_steps=3, fine_steps=1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        for i in range(10):
+            x, y = batch(i)
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            scaler.unscale_(optimizer)
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(held, 0.5)
+            assert float(torch.cat([p.grad.flatten() for p in held if p.grad is not None]).norm()) < 0.501
+            scaler.step(optimizer)
+            scaler.update()
+            levels.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
 def test_parts_of_a_sequential_answer_as_ever(form: str) -> None:
     """What is fused within a Sequential is not when its parts are called, or are looked at by hooks."""
     torch.manual_seed(0)
