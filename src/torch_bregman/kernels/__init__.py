@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from pathlib import Path
 
 import torch
 
@@ -25,3 +26,8 @@ def require(what: str) -> None:
     """ImportError naming the extra, unless Numba is there."""
     if not available():
         raise ImportError(f"{what} needs Numba: pip install 'torch-bregman[fast]'.")
+
+
+def compiled_before(name: str) -> bool:
+    """Whether Numba's file cache holds something of the module `name` of this folder."""
+    return any((Path(__file__).parent / "__pycache__").glob(f"{name}.*.nbi"))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import kernels
 from ..data import AUGMENTATIONS, Batches, Split, load
 from ..density import sparsity_report
 from ..init import sparse_init_
@@ -141,6 +142,10 @@ def fit(
             for row in rows[-12:]:
                 display.epoch(row)
             display.message(f"Resumed {run} at epoch {first_epoch}, step {done} of {steps_per_epoch}.")
+        if levels and not kernels.available():
+            display.message("Without the extra 'fast' only dead units make --multilevel faster.")
+        elif levels and device.type == "cpu" and not kernels.compiled_before("csr"):
+            display.message("The first sparse steps compile their kernels: some seconds, once on this machine.")
         display.start(first_epoch - 1)
         began = looked = last_save = time.perf_counter()
         metrics = Metrics(run, rows)
