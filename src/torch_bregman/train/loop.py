@@ -35,7 +35,8 @@ from .display import Display
 from .files import RunError, latest_checkpoint, save_checkpoint, write_atomically
 from .recipe import DENSE, Recipe, linear_and_conv_groups, make_control, make_levels, make_optimizer, make_schedule
 
-SAVE_EVERY = 5.0  # seconds between checkpoints
+SAVE_EVERY = 5.0  # seconds between checkpoints, or more:
+SAVE_SHARE = 0.05  # they take no more than this share of the time, however large the network
 LOOK_EVERY = 0.25  # seconds between looks at the loss, each of which waits for the device
 EVALUATION_BATCH = 1000
 
@@ -148,6 +149,15 @@ def fit(
             display.message("The first sparse steps compile their kernels: some seconds, once on this machine.")
         display.start(first_epoch - 1)
         began = looked = last_save = time.perf_counter()
+        pause = SAVE_EVERY
+
+        def save(epoch: int, batch: int) -> None:
+            nonlocal last_save, pause
+            start = time.perf_counter()
+            save_checkpoint(checkpoint, state(epoch, batch))
+            last_save = time.perf_counter()
+            pause = max(SAVE_EVERY, (last_save - start) / SAVE_SHARE)
+
         metrics = Metrics(run, rows)
 
         with stop_signals() as stopping:
@@ -182,10 +192,9 @@ def fit(
                     if now - looked > LOOK_EVERY or stopping():
                         looked = now
                         display.loss(finite(losses[:i], epoch, steps_per_epoch, checkpoint)[-1].item())
-                        if stopping() or now - last_save > SAVE_EVERY:
+                        if stopping() or now - last_save > pause:
                             check_weights(model, (epoch - 1) * steps_per_epoch + i, checkpoint)
-                            save_checkpoint(checkpoint, state(epoch, i))
-                            last_save = time.perf_counter()
+                            save(epoch, i)
                         if stopping():
                             raise Stopped(f"Stopped at epoch {epoch}, step {i} of {steps_per_epoch}; saved.")
 
@@ -208,10 +217,9 @@ def fit(
                     keep_patterns(run, "middle", model)
                 done, losses[:] = 0, math.nan
                 order_at_start = order.get_state()
-                if epoch == recipe.epochs or time.perf_counter() - last_save > SAVE_EVERY:
+                if epoch == recipe.epochs or time.perf_counter() - last_save > pause:
                     check_weights(model, epoch * steps_per_epoch, checkpoint)
-                    save_checkpoint(checkpoint, state(epoch + 1, 0))
-                    last_save = time.perf_counter()
+                    save(epoch + 1, 0)
 
     seconds = spent + time.perf_counter() - began
     save_model(run / "last.safetensors", model)
