@@ -185,14 +185,14 @@ def sampled(name: str) -> Any:
     return compiled(loop)
 
 
-def lists(index, out, n, across, down):
+def lists(index, out, n, across, down, transposed):
     """The pattern of a matrix [out, n] from its live entries, numbered row by row: compressed rows of W and of Wᵀ.
 
     A row is cut into blocks of `across` columns of W, or `down` columns of Wᵀ; `start` is that of every block.
 
-    Returns (start, column) of W, (start, column) of Wᵀ, and how a band of rows of Wᵀ fetches its values: the k-th one
-    that it reads is `source[k]` of W and goes to `place[k]` within the band. It reads them in ascending order: one by
-    one they would be in another page of memory each.
+    Returns (start, column) of W and, if `transposed`, (start, column) of Wᵀ, and how a band of rows of Wᵀ fetches its
+    values: the k-th one that it reads is `source[k]` of W and goes to `place[k]` within the band. It reads them in
+    ascending order: one by one they would be in another page of memory each.
     """
     live, wide, high = len(index), -(-n // across), -(-out // down)
     start, other = np.zeros(out * wide + 1, np.int64), np.zeros(n * high + 1, np.int64)
@@ -209,6 +209,8 @@ def lists(index, out, n, across, down):
         other[j * high + row // down + 1] += 1
     for i in range(out * wide):
         start[i + 1] += start[i]
+    if not transposed:
+        return start, column, other, row_of, source, place
     for i in range(n * high):
         other[i + 1] += other[i]
     fill, bands = other[::high].copy(), other[:: BAND * high].copy()

@@ -51,8 +51,8 @@ class Timings:
             f"{form.name} {tuple(weight.shape)} {weight.dtype} {seen.shape} {seen.needs_grad} "
             f"{torch.get_num_threads()} threads"
         )
-        dense = self._time(f"{key} dense", lambda: _dense(module, form, weight, seen))
-        sparse = self._time(f"{key} {_rounded(density)}", lambda: _sparse(module, form, weight, seen))
+        dense = self._time(f"{key} dense", lambda: _dense(module, form, weight, where, seen))
+        sparse = self._time(f"{key} {_rounded(density)}", lambda: _sparse(module, form, weight, where, seen))
         return Choice("sparse" if sparse < MARGIN * dense else "dense", density, dense, sparse)
 
     def passes(
@@ -104,9 +104,9 @@ def _inputs(weight: Tensor, seen: Seen) -> Tensor:
     return lies.copy_(x).requires_grad_(seen.needs_grad)
 
 
-def _dense(module: nn.Module, form: Form, full: Tensor, seen: Seen) -> Callable[[], object]:
+def _dense(module: nn.Module, form: Form, full: Tensor, where: Support, seen: Seen) -> Callable[[], object]:
     """A training pass with dense arithmetic, as far as the gradient of the live weights, and what follows a step."""
-    x, weight, where = _inputs(full, seen), full.detach().clone().requires_grad_(), Support(full)
+    x, weight = _inputs(full, seen), full.detach().clone().requires_grad_()
     asked = [weight, x] if seen.needs_grad else [weight]
 
     def run() -> None:
@@ -117,9 +117,9 @@ def _dense(module: nn.Module, form: Form, full: Tensor, seen: Seen) -> Callable[
     return run
 
 
-def _sparse(module: nn.Module, form: Form, full: Tensor, seen: Seen) -> Callable[[], object]:
+def _sparse(module: nn.Module, form: Form, full: Tensor, live: Support, seen: Seen) -> Callable[[], object]:
     """The same with the live weights alone."""
-    x, weight, where = _inputs(full, seen), full.detach().clone(), form.pattern(full, None)
+    x, weight, where = _inputs(full, seen), full.detach().clone(), form.pattern(full, live.index)
     values = where.restrict(full).requires_grad_()
     asked = [values, x] if seen.needs_grad else [values]
 

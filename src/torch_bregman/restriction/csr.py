@@ -36,17 +36,26 @@ class Pattern(Support):
     @functools.cached_property
     def lists(self) -> tuple[Lists, Lists]:
         """Compressed rows of W and of Wᵀ."""
+        rows, (start, row, source, place) = self._compress(transposed=True)
+        out, n = self.shape
+        high = -(-out // self._block(out)) if out else 1
+        bands = start[:: BAND * high]
+        longest = int(torch.diff(bands, append=start[-1:]).max()) if n else 0
+        return rows, Lists(n, start, row, high, source, place, longest)
+
+    @functools.cached_property
+    def rows(self) -> Lists:
+        """Compressed rows of W, where nothing is multiplied with Wᵀ."""
+        return self._compress(transposed=False)[0]
+
+    def _compress(self, *, transposed: bool) -> tuple[Lists, list[Tensor]]:
         from ..kernels import csr
 
         out, n = self.shape
-        across, down = self._block(n), self._block(out)
-        start, column, other, row, source, place = map(
-            torch.from_numpy, csr.built()(self.index.numpy(), out, n, across, down)
-        )
-        high = -(-out // down) if out else 1
-        bands = other[:: BAND * high]
-        longest = int(torch.diff(bands, append=other[-1:]).max()) if n else 0
-        return Lists(out, start, column, -(-n // across)), Lists(n, other, row, high, source, place, longest)
+        across = self._block(n)
+        made = csr.built()(self.index.numpy(), out, n, across, self._block(out), transposed)
+        start, column, *others = map(torch.from_numpy, made)
+        return Lists(out, start, column, -(-n // across)), others
 
     def _block(self, columns: int) -> int:
         """Columns whose rows of X stay in the second cache while a chunk of rows passes by; with few entries, more."""
@@ -119,7 +128,7 @@ class _SparseLinear(torch.autograd.Function):
             to_values = torch.empty_like(values)
             _run(csr.sampled(name), pattern.lists[0], to_values[: len(pattern)], xt, gt)
             if ctx.near is not None:
-                _run(csr.sampled(name), ctx.near.lists[0], to_values[len(pattern) :], xt, gt)
+                _run(csr.sampled(name), ctx.near.rows, to_values[len(pattern) :], xt, gt)
         if ctx.needs_input_grad[2]:
             to_bias = gt.sum(1)
         if ctx.whole is not None and ctx.whole.grad is None:
