@@ -397,7 +397,6 @@ def test_barriers() -> None:
     for name, whole, cut in (
         ("unknown", ["b"], {"a": 8, "c": 3}),
         ("reused", ["b"], {"a": 8, "c": 3, "d": 3}),
-        ("grouped", ["2"], {"0": 8}),
         ("in place", [], {"a": 8}),
     ):
         model, alive, x = prepare(name, 2)

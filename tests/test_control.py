@@ -326,7 +326,8 @@ def test_counting_near_lam_finds_what_sorting_finds(
         size = sum(p.numel() for p in counted)
         assert {round(d * size) for d in got[10:]} == {round(0.05 * size)}  # Adam's first steps are all alike: ties
     sorted_, other = run(False)
-    # λ lies somewhere between two neighbours, in float64 here and in the dtype of v there.
-    assert max(abs(a - b) for a, b in zip(got, other, strict=True)) < (1e-4 if mode == "exact" else 5e-3)
+    # λ lies somewhere between two neighbours, in float64 here and in the dtype of v there; in Adam's first step, where
+    # all are alike, rounding says whether ties across the two groups are equal.
+    assert max(abs(a - b) for a, b in zip(got[1:], other[1:], strict=True)) < (1e-4 if mode == "exact" else 5e-3)
     for a, b in zip(counted, sorted_, strict=True):
         assert float(((a != 0) != (b != 0)).double().mean()) < 0.01

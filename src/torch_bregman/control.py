@@ -92,7 +92,8 @@ class Scope:
         kept = round(target * self.size) - fixed
         near = near_kth(optimizer, {i: list(some.values()) for i, some in duals.items()}, kept)
         if near is not None:
-            factor = between(near[1:], kept - int(near[0]))
+            larger = int(near[0])
+            factor = between(near[1:], kept - larger, larger)
             if factor is not None:
                 return factor
         thresholds = []
@@ -314,33 +315,37 @@ class TargetDensity:
             scope.start, scope.searching, scope.gain, scope.side = values
 
 
-def between(values: Tensor, kept: int) -> float | None:
-    """A λ half-way between the `kept`-th and the next largest of `values`; None where the two are equal."""
-    below, above = sorted(torch.topk(values, kept + 1, sorted=False).values.topk(2, largest=False).values.tolist())
-    middle = below + (above - below) / 2
-    return middle if below < middle < above else None
+def between(values: Tensor, kept: int, beyond: int = 0) -> float | None:
+    """A λ half-way between the `kept`-th and the next largest of `values`, below `beyond` others.
+
+    Equal values are all in or all out, whichever is nearer, but never is nothing in. None where their neighbour, which
+    bounds λ then, is not among the values.
+    """
+    # topk: kthvalue takes 100 times as long on CUDA.
+    top = torch.topk(values, kept + 1, sorted=False).values
+    below, above = (top.topk(2, largest=False).values if kept else top.expand(2)).tolist()
+    if above == below and kept:
+        larger, equal = torch.stack([(values > below).sum(), (values == below).sum()]).tolist()
+        inside = kept - larger > equal / 2 or larger + beyond == 0
+        rest = values[values < above] if inside else values[values > below]
+        if not rest.numel():
+            return None
+        below, above = (float(rest.max()), above) if inside else (below, float(rest.min()))
+    # Half-way as far as the floats allow it, for a group's norm is computed twice and may round differently.
+    middle = float(torch.tensor(below, dtype=values.dtype) + (above - below) / 2)
+    return middle if below <= middle < above else below
 
 
 def threshold_for(values: Tensor, kept: int) -> float:
     """A λ with `values` > λ for `kept` of them, or for as near a number as equal values allow."""
-    n = values.numel()
-    kept = min(max(kept, 0), n - 1)
+    kept = min(max(kept, 0), values.numel() - 1)
     # λ = 1 is what the values were measured in, so the answer is near 1 and few values need to be sorted.
     near = values[values > 0.9]
-    near = near if near.numel() > kept else values
-    # topk: kthvalue takes 100 times as long on CUDA.
-    top = torch.topk(near, kept + 1, sorted=False).values
-    below, above = (top.topk(2, largest=False).values if kept else top.expand(2)).tolist()
-    if above == below and kept:  # a group lies across the border: in or out, whichever is nearer, but never all out
-        larger, equal = torch.stack([(values > below).sum(), (values == below).sum()]).tolist()
-        if kept - larger > equal / 2 or larger == 0:
-            rest = values[values < above]
-            below = float(rest.max()) if rest.numel() else 0.0
-        else:
-            above = float(values[values > below].min())
-    # Half-way as far as the floats allow it, for a group's norm is computed twice and may round differently.
-    middle = float(torch.tensor(below, dtype=values.dtype) + (above - below) / 2)
-    lam = middle if below <= middle < above else below
+    lam = between(near, kept) if near.numel() > kept else None
+    if lam is None:
+        lam = between(values, kept)
+    if lam is None:  # all are kept
+        lam = float(values.min()) / 2
     return lam if lam > 0 else float(torch.finfo(values.dtype).tiny)
 
 

@@ -180,9 +180,11 @@ class Compact:
         small.register_buffer("constant", cut.constant)
         if isinstance(module, _ConvNd):
             small.out_channels = len(cut.outputs)
-            small.in_channels = small.groups = len(cut.outputs)
             if cut.inputs is not None:
-                small.in_channels, small.groups = len(cut.inputs), 1
+                small.in_channels = len(cut.inputs)
+            else:
+                small.groups = module.groups * len(cut.outputs) // module.out_channels
+                small.in_channels = small.groups * module.weight.shape[1]
         else:
             small.out_features, small.in_features = small.outputs, small.weight.shape[1]
         return small

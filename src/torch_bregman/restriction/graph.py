@@ -268,6 +268,7 @@ class _Walk:
         self.held: list[Tensor] = []
         for node in trace.nodes:
             rule, module = self.rule(node)
+            self.node = node
             self.wires[node] = rule(self, node, module)
 
     def rule(self, node: fx.Node) -> tuple[Rule, Any]:
@@ -290,10 +291,25 @@ class _Walk:
         self.count += n
         return torch.arange(self.count - n, self.count)
 
+    def hold(self, ids: Tensor) -> None:
+        """The operation at hand needs these channels."""
+        self.held.append(ids)
+
+    def vary(self, ids: Tensor) -> None:
+        """These channels are not constant."""
+        self.held.append(ids)
+
+    def units(self, name: str, module: Any, wire: Wire) -> tuple[Tensor, Tensor]:
+        """Which units of a layer do not live, and what those emit."""
+        n = len(module.weight)
+        alive = self.alive.get(name)
+        alive = torch.ones(n, dtype=torch.bool) if alive is None else alive.cpu()
+        return alive, torch.zeros(n).double() if module.bias is None else _numbers(module.bias)
+
     def emit(self, dim: int, ids: Tensor, constant: Tensor, value: Tensor) -> Wire:
         """A wire; ids that have a channel which is not constant stay."""
         constant = constant & value.isfinite()
-        self.held.append(ids[~constant])
+        self.vary(ids[~constant])
         return Wire(dim, ids, constant, value.double().where(constant, 0.0))
 
     def at(self, node: fx.Node, dim: int) -> Wire:
@@ -302,9 +318,11 @@ class _Walk:
         if wire is not None and wire.dim == dim:
             return wire
         if wire is not None:
-            self.held.append(wire.ids)
+            self.hold(wire.ids)
         n = self.shapes[node][dim]
-        return self.emit(dim, self.new(n), torch.zeros(n, dtype=torch.bool), torch.zeros(n))
+        ids = self.new(n)
+        self.hold(ids)
+        return Wire(dim, ids, torch.zeros(n, dtype=torch.bool), torch.zeros(n).double())
 
     def aligned(self, nodes: list[fx.Node]) -> list[Wire] | None:
         """The wires of tensors whose channels correspond one to one, or None if they do not (or none has a wire)."""
@@ -358,7 +376,9 @@ def _nothing(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
 
 def _barrier(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
     """Everything that goes in stays."""
-    walk.held += [wire.ids for n in node.all_input_nodes if (wire := walk.wires[n]) is not None]
+    for n in node.all_input_nodes:
+        if (wire := walk.wires[n]) is not None:
+            walk.hold(wire.ids)
     return None
 
 
@@ -396,25 +416,40 @@ def _layer(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
     shape = walk.shapes[source]
     convolution = isinstance(module, _ConvNd)
     dim = 1 if convolution else len(shape) - 1
-    depthwise = convolution and module.groups > 1
-    if convolution and (
-        len(shape) != 2 + len(module.kernel_size)
-        or (depthwise and not module.groups == module.in_channels == module.out_channels)
-    ):
+    groups = module.groups if convolution else 1
+    if convolution and len(shape) != 2 + len(module.kernel_size):
         return _barrier(walk, node, module)
     wire = walk.at(source, dim)
-    n = len(module.weight)
-    alive = walk.alive.get(str(node.target))
-    alive = torch.ones(n, dtype=torch.bool) if alive is None else alive.cpu()
-    bias = torch.zeros(n).double() if module.bias is None else _numbers(module.bias)
-    if depthwise:
-        sums = _numbers(module.weight.detach().flatten(1).sum(1))
-        constant = ~alive | (wire.constant & ((wire.value == 0) | (not padded(module))))
-        output = walk.emit(dim, wire.ids, constant, bias + (sums * wire.value).where(alive, 0.0))
-    else:
-        output = walk.emit(dim, walk.new(n), ~alive, bias)
+    alive, value = walk.units(str(node.target), module, wire)
+    if groups == 1:
+        output = walk.emit(dim, walk.new(len(module.weight)), ~alive, value)
+    else:  # a group goes with all its inputs and outputs, or stays
+        own = wire.ids.view(groups, -1)
+        walk.pairs += [(own[:, 0], other) for other in own.T[1:]]
+        ids = own[:, :1].expand(groups, len(module.weight) // groups).reshape(-1)
+        constant, value = constants(module, wire, alive, value, trained=True)
+        output = walk.emit(dim, ids, constant, value)
     walk.calls.append(_Call(str(node.target), module, wire, output, alive, shape[2:]))
     return output
+
+
+def constants(module: Any, wire: Wire, alive: Tensor, bias: Tensor, *, trained: bool) -> tuple[Tensor, Tensor]:
+    """Which units of a Linear or a convolution are constant, and what they emit.
+
+    `alive`: those that have a weight; `bias`: what they emit without inputs; `trained`: weights
+    that are zero may change.
+    """
+    weight = _numbers(module.weight)
+    groups = getattr(module, "groups", 1)
+    weight = weight.view(groups, len(weight) // groups, *weight.shape[1:])  # [groups, out, in, *kernel]
+    sums = weight[..., None].flatten(3).sum(3)
+    reads = torch.ones_like(sums, dtype=torch.bool) if trained else (weight != 0)[..., None].flatten(3).any(3)
+    known, value = wire.constant.view(groups, 1, -1), wire.value.view(groups, 1, -1)
+    if weight.dim() > 3 and padded(module):  # at the border it is another one
+        known = known & (value == 0)
+    constant = ~(reads & ~known).any(2).view(-1)
+    total = bias + torch.where(known, sums * value, 0.0).sum(2).view(-1)
+    return constant | ~alive, torch.where(alive, total, bias)
 
 
 def _numbers(values: Tensor) -> Tensor:

@@ -122,8 +122,9 @@ class Narrow(Compact):
             rows = cut.alive.to(device)  # channels that a depthwise layer passes on; its own weights are not restricted
         if len(cut.alive) < len(cut.outputs):
             where = torch.searchsorted(cut.outputs, cut.alive).to(device)
-        if cut.inputs is None:  # depthwise: channel by channel
-            small.in_channels = small.groups = small.outputs
+        if cut.inputs is None:  # depthwise, or group by group
+            small.groups = module.groups * small.outputs // module.out_channels
+            small.in_channels = small.groups * module.weight.shape[1]
         elif len(cut.inputs) < module.weight.shape[1]:
             inputs = cut.inputs.to(device)
             lost = torch.ones(module.weight.shape[1], dtype=torch.bool)
