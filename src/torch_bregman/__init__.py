@@ -2,6 +2,7 @@
 
 from .control import TargetDensity
 from .density import density, sparsity_report
+from .export.shrink import shrink
 from .init import sparse_init_
 from .layers import param_groups
 from .multilevel import Multilevel
@@ -26,6 +27,7 @@ __all__ = [
     "bregman_distance",
     "density",
     "param_groups",
+    "shrink",
     "sparse_init_",
     "sparsity_report",
     "step_size_bound",

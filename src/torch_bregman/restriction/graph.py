@@ -24,6 +24,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
+from .attention import Attention
+
 
 class Untraceable(ValueError):  # noqa: N818 - it says what the network is
     """The network cannot be followed by torch.fx."""
@@ -87,6 +89,9 @@ def still(*models: nn.Module, norms: bool = True) -> None:
 class _Tracer(fx.Tracer):
     """Stock modules are leaves, but an encoder layer has hidden units of its own: it is followed step by step."""
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Attention) or super().is_leaf_module(m, module_qualified_name)
+
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if type(m) is nn.TransformerEncoderLayer and not _hooked(m):
             return _encoder_layer(m, *args, **kwargs)
@@ -128,13 +133,13 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-class _Trace(NamedTuple):
+class Trace(NamedTuple):
     nodes: list[fx.Node]
     shapes: dict[fx.Node, tuple[int, ...]]
     whole: set[str]  # modules that must stay as they are
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> _Trace:
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     if patched := [name or "the model" for name, m in model.named_modules() if "forward" in m.__dict__]:
         raise Untraceable(f"{patched[0]} has a `forward` of its own instead of its class's; expected a plain module.")
     with untouched(model):
@@ -155,7 +160,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> _Trace:
         # An operation in place that the trace shows as a new tensor, or state that changes from call to call.
         if not all(map(_close, tree_leaves(traced), tree_leaves(actual))):
             raise Untraceable(f"{type(model).__name__} as traced by torch.fx does not compute what the model computes.")
-    return _Trace(list(graph.nodes), interpreter.shapes, _whole(model, graph))
+    return Trace(list(graph.nodes), interpreter.shapes, _whole(model, graph))
 
 
 def _close(a: Any, b: Any) -> bool:
@@ -198,7 +203,7 @@ class Wire(NamedTuple):
     value: Tensor
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A module that may be cut, the wires into it and out of it, and its units that live."""
 
     name: str
@@ -253,22 +258,24 @@ def padded(module: Any) -> bool:
     return module.padding_mode == "zeros" and (padding == "same" or (padding != "valid" and _some(padding, 0)))
 
 
-class _Walk:
+class Walk:
     """The wires of all tensors, for given live units."""
 
-    def __init__(self, model: nn.Module, trace: _Trace, alive: Mapping[str, Tensor]) -> None:
+    rules: Mapping[type, Rule]
+
+    def __init__(self, model: nn.Module, trace: Trace, alive: Mapping[str, Tensor]) -> None:
         self.modules = dict(model.named_modules())
         self.shapes = trace.shapes
         self.whole = trace.whole
         self.alive = alive
         self.wires: dict[fx.Node, Wire | None] = {}
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.count = 0
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.held: list[Tensor] = []
         for node in trace.nodes:
             rule, module = self.rule(node)
-            self.node = node
+            self.node, self.module = node, module
             self.wires[node] = rule(self, node, module)
 
     def rule(self, node: fx.Node) -> tuple[Rule, Any]:
@@ -276,16 +283,16 @@ class _Walk:
         if node.op in ("placeholder", "get_attr"):
             return _nothing, None
         if node.op == "call_method":
-            rule = METHODS.get(str(node.target), _barrier)
+            rule = METHODS.get(str(node.target), barrier)
         elif node.op == "call_function":
-            rule = FUNCTIONS.get(node.target, _barrier)
+            rule = FUNCTIONS.get(node.target, barrier)
         elif node.op == "call_module" and node.target not in self.whole:
             module = self.modules[str(node.target)]
-            rule = MODULES.get(type(module), _barrier)
-            return (rule if node in self.shapes else _barrier), module
+            rule = self.rules.get(type(module), barrier)
+            return (rule if node in self.shapes else barrier), module
         else:
-            rule = _barrier
-        return (rule if node in self.shapes or rule in (_sizes, _nothing) else _barrier), None
+            rule = barrier
+        return (rule if node in self.shapes or rule in (_sizes, _nothing) else barrier), None
 
     def new(self, n: int) -> Tensor:
         self.count += n
@@ -299,12 +306,14 @@ class _Walk:
         """These channels are not constant."""
         self.held.append(ids)
 
-    def units(self, name: str, module: Any, wire: Wire) -> tuple[Tensor, Tensor]:
-        """Which units of a layer do not live, and what those emit."""
-        n = len(module.weight)
+    def units(self, name: str, module: Any, wire: Wire) -> tuple[Tensor, Tensor, Tensor]:
+        """Which units of a layer live, which emit a constant, and that constant."""
         alive = self.alive.get(name)
-        alive = torch.ones(n, dtype=torch.bool) if alive is None else alive.cpu()
-        return alive, torch.zeros(n).double() if module.bias is None else _numbers(module.bias)
+        alive = torch.ones(len(module.weight), dtype=torch.bool) if alive is None else alive.cpu()
+        bias = torch.zeros(len(alive)).double() if module.bias is None else numbers(module.bias)
+        if getattr(module, "groups", 1) == 1:
+            return alive, ~alive, bias
+        return (alive, *constants(module, wire, alive, bias, trained=True))
 
     def emit(self, dim: int, ids: Tensor, constant: Tensor, value: Tensor) -> Wire:
         """A wire; ids that have a channel which is not constant stay."""
@@ -339,7 +348,7 @@ class _Walk:
 
     def removed(self) -> Tensor:
         """Which ids go."""
-        label = _components(self.count, self.pairs)
+        label = components(self.count, self.pairs)
         held = torch.zeros(self.count, dtype=torch.bool)
         for ids in self.held:
             held[label[ids]] = True
@@ -350,7 +359,7 @@ class _Walk:
         return ~held[label]
 
 
-def _components(n: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+def components(n: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """For each of n ids the smallest that it is connected with."""
     label = torch.arange(n)
     if not pairs:
@@ -367,14 +376,14 @@ def _components(n: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 # ---- rules: (walk, node, module or None) → the wire of the result, or None: a tensor from which nothing goes
 
-Rule = Callable[[_Walk, fx.Node, Any], "Wire | None"]
+Rule = Callable[[Walk, fx.Node, Any], "Wire | None"]
 
 
-def _nothing(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
+def _nothing(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     return None
 
 
-def _barrier(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
+def barrier(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """Everything that goes in stays."""
     for n in node.all_input_nodes:
         if (wire := walk.wires[n]) is not None:
@@ -382,54 +391,53 @@ def _barrier(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
     return None
 
 
-def _options(node: fx.Node, *names: str) -> dict[str, Any]:
+def options(node: fx.Node, *names: str) -> dict[str, Any]:
     """The arguments of a call by name; `names` are those that may come by position."""
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def _only_input(walk: _Walk, node: fx.Node) -> Wire | None:
+def only_input(walk: Walk, node: fx.Node) -> Wire | None:
     """The wire of the first argument, if it is a tensor with a wire."""
     first = node.args[0] if node.args else node.kwargs.get("input")
     return walk.wires[first] if isinstance(first, fx.Node) else None
 
 
-def _channels(rule: Callable[[_Walk, fx.Node, Any, Wire], Wire | None]) -> Rule:
+def channelwise(rule: Callable[[Walk, fx.Node, Any, Wire], Wire | None]) -> Rule:
     """A rule that only has something to say about the wire of the first argument."""
 
-    def wrapped(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
-        wire = _only_input(walk, node)
-        return _barrier(walk, node, module) if wire is None else rule(walk, node, module, wire)
+    def wrapped(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+        wire = only_input(walk, node)
+        return barrier(walk, node, module) if wire is None else rule(walk, node, module, wire)
 
     return wrapped
 
 
-@_channels
-def _same(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+@channelwise
+def _same(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     return wire
 
 
-def _layer(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
+def _layer(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """Linear and convolutions: a unit that does not live emits its bias."""
     if len(node.args) != 1 or node.kwargs:
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     (source,) = node.all_input_nodes
     shape = walk.shapes[source]
     convolution = isinstance(module, _ConvNd)
     dim = 1 if convolution else len(shape) - 1
     groups = module.groups if convolution else 1
     if convolution and len(shape) != 2 + len(module.kernel_size):
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     wire = walk.at(source, dim)
-    alive, value = walk.units(str(node.target), module, wire)
+    alive, constant, value = walk.units(str(node.target), module, wire)
     if groups == 1:
-        output = walk.emit(dim, walk.new(len(module.weight)), ~alive, value)
+        ids = walk.new(len(module.weight))
     else:  # a group goes with all its inputs and outputs, or stays
         own = wire.ids.view(groups, -1)
         walk.pairs += [(own[:, 0], other) for other in own.T[1:]]
         ids = own[:, :1].expand(groups, len(module.weight) // groups).reshape(-1)
-        constant, value = constants(module, wire, alive, value, trained=True)
-        output = walk.emit(dim, ids, constant, value)
-    walk.calls.append(_Call(str(node.target), module, wire, output, alive, shape[2:]))
+    output = walk.emit(dim, ids, constant, value)
+    walk.calls.append(Call(str(node.target), module, wire, output, alive, shape[2:]))
     return output
 
 
@@ -439,7 +447,7 @@ def constants(module: Any, wire: Wire, alive: Tensor, bias: Tensor, *, trained: 
     `alive`: those that have a weight; `bias`: what they emit without inputs; `trained`: weights
     that are zero may change.
     """
-    weight = _numbers(module.weight)
+    weight = numbers(module.weight)
     groups = getattr(module, "groups", 1)
     weight = weight.view(groups, len(weight) // groups, *weight.shape[1:])  # [groups, out, in, *kernel]
     sums = weight[..., None].flatten(3).sum(3)
@@ -452,34 +460,34 @@ def constants(module: Any, wire: Wire, alive: Tensor, bias: Tensor, *, trained: 
     return constant | ~alive, torch.where(alive, total, bias)
 
 
-def _numbers(values: Tensor) -> Tensor:
+def numbers(values: Tensor) -> Tensor:
     return values.detach().cpu().double()
 
 
-@_channels
-def _norm(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+@channelwise
+def _norm(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     """BatchNorm: a constant channel becomes its shift, or what the running statistics make of it."""
     if wire.dim != 1:
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     n = len(wire.ids)
-    weight = torch.ones(n).double() if module.weight is None else _numbers(module.weight)
-    bias = torch.zeros(n).double() if module.bias is None else _numbers(module.bias)
+    weight = torch.ones(n).double() if module.weight is None else numbers(module.weight)
+    bias = torch.zeros(n).double() if module.bias is None else numbers(module.bias)
     value = bias
     if not module.training and module.running_mean is not None:
-        mean, variance = _numbers(module.running_mean), _numbers(module.running_var)
+        mean, variance = numbers(module.running_mean), numbers(module.running_var)
         value = weight * (wire.value - mean) / (variance + module.eps).sqrt() + bias
     output = walk.emit(1, wire.ids, wire.constant, value)
     alive = torch.ones(n, dtype=torch.bool)
-    walk.calls.append(_Call(str(node.target), module, wire, output, alive, ()))
+    walk.calls.append(Call(str(node.target), module, wire, output, alive, ()))
     return output
 
 
-def _pointwise(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
+def _pointwise(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """f(x), x + y, ...: of constants, a constant."""
     nodes = node.all_input_nodes
     wires = None if "out" in node.kwargs or not _harmless(walk, node, module) else walk.aligned(nodes)
     if wires is None:
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     values = {n: wire.value.clone() for n, wire in zip(nodes, wires, strict=True)}
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     if module is not None:
@@ -492,7 +500,7 @@ def _pointwise(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
     return walk.emit(wires[0].dim, wires[0].ids, constant, value)
 
 
-def _harmless(walk: _Walk, node: fx.Node, module: Any) -> bool:
+def _harmless(walk: Walk, node: fx.Node, module: Any) -> bool:
     """Whether nobody else sees what the operation writes in place."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv") or getattr(module, "inplace", False)
@@ -502,15 +510,15 @@ def _harmless(walk: _Walk, node: fx.Node, module: Any) -> bool:
     return len(first.users) == 1 and walk.rule(first)[0] in (_layer, _norm, _pointwise)
 
 
-def _dropout(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
+def _dropout(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """Zeros stay zeros; other constants only where nothing is dropped."""
-    given = _options(node, "input", "p", "training")
+    given = options(node, "input", "p", "training")
     p, training = (module.p, module.training) if module else (given.get("p", 0.5), given.get("training", True))
     return _same(walk, node, module) if p == 0 or not training else _zeros(walk, node, module)
 
 
-@_channels
-def _zeros(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+@channelwise
+def _zeros(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     return walk.emit(wire.dim, wire.ids, wire.constant & (wire.value == 0), wire.value)
 
 
@@ -518,15 +526,15 @@ _AVERAGE = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_inc
 _MAXIMUM = ("input", "kernel_size", "stride", "padding", "dilation")
 
 
-def _pool(spatial: int, names: tuple[str, ...], walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
+def _pool(spatial: int, names: tuple[str, ...], walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """Pooling over the last `spatial` dimensions: constants stay what they are."""
-    wire = _only_input(walk, node)
+    wire = only_input(walk, node)
     if wire is None or wire.dim != len(walk.shapes[node]) - spatial - 1:
-        return _barrier(walk, node, module)
-    given = {name: getattr(module, name, None) for name in names} if module else _options(node, *names)
+        return barrier(walk, node, module)
+    given = {name: getattr(module, name, None) for name in names} if module else options(node, *names)
     padded = _some(given.get("padding"), 0)
     if padded and _some(given.get("dilation"), 1):  # a window may lie outside altogether
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     if given.get("divisor_override") is not None or (padded and given.get("count_include_pad", names is _AVERAGE)):
         return _zeros(walk, node, module)
     return wire
@@ -539,41 +547,41 @@ def _some(option: Any, usual: int) -> bool:
     return any(o != usual for o in option) if isinstance(option, tuple | list) else option != usual
 
 
-@_channels
-def _interpolate(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+@channelwise
+def _interpolate(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     names = ("input", "size", "scale_factor", "mode")
-    mode = module.mode if module else _options(node, *names).get("mode", "nearest")
+    mode = module.mode if module else options(node, *names).get("mode", "nearest")
     # The weights of the other modes do not sum to one exactly.
     exact = mode in ("nearest", "nearest-exact", "linear", "bilinear", "trilinear") and wire.dim == 1
-    return wire if exact else _barrier(walk, node, module)
+    return wire if exact else barrier(walk, node, module)
 
 
-@_channels
-def _mean(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+@channelwise
+def _mean(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     """Mean or maximum over other dimensions than the channels'."""
     before, after = len(walk.shapes[node.all_input_nodes[0]]), len(walk.shapes[node])
-    given = _options(node, "input", "dim", "keepdim")
+    given = options(node, "input", "dim", "keepdim")
     dims = given.get("dim")
     dims = (dims,) if isinstance(dims, int) else dims
     if not dims or not all(isinstance(d, int) for d in dims) or given.keys() - {"input", "dim", "keepdim"}:
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     dims = {d % before for d in dims}
     if wire.dim in dims:
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     return wire._replace(dim=wire.dim if after == before else wire.dim - sum(d < wire.dim for d in dims))
 
 
-@_channels
-def _flatten(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
-    given = vars(module) if module else _options(node, "input", "start_dim", "end_dim")
+@channelwise
+def _flatten(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    given = vars(module) if module else options(node, "input", "start_dim", "end_dim")
     start, end = given.get("start_dim", 0), given.get("end_dim", -1)
     if not (isinstance(start, int) and isinstance(end, int)):
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     return _merge(walk, node, module, wire, start, end)
 
 
-@_channels
-def _view(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+@channelwise
+def _view(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     """x.view(x.size(0), -1) and the like; where a size is written as a number, the channels cannot change it."""
     before, after = walk.shapes[node.all_input_nodes[0]], walk.shapes[node]
     sizes = node.args[1:]
@@ -581,56 +589,56 @@ def _view(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
         sizes = tuple(sizes[0])
     last = len(after) - 1
     if node.kwargs or len(sizes) != len(after) or after[:last] != before[:last] or not last <= wire.dim:
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     if not isinstance(sizes[-1], int) or sizes[-1] != -1:
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     return _merge(walk, node, module, wire, last, len(before) - 1)
 
 
-def _merge(walk: _Walk, node: fx.Node, module: Any, wire: Wire, start: int, end: int) -> Wire | None:
+def _merge(walk: Walk, node: fx.Node, module: Any, wire: Wire, start: int, end: int) -> Wire | None:
     """Dimensions `start` to `end` become one, in which every channel has as many places as the others multiply to."""
     shape = walk.shapes[node.all_input_nodes[0]]
     start, end = start % len(shape), end % len(shape)
     if not start <= wire.dim <= end:
         return wire._replace(dim=wire.dim - (end - start if wire.dim > end else 0))
     if start == 0 < wire.dim:  # samples and channels in one dimension
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     sizes = shape[start : end + 1]
     places = [-1 if start + i == wire.dim else 1 for i in range(len(sizes))]
     ids, constant, value = (t.view(places).expand(sizes).reshape(-1) for t in wire[1:])
     return Wire(start, ids, constant, value)
 
 
-@_channels
-def _permute(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+@channelwise
+def _permute(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     dims = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
     n = len(walk.shapes[node])
     if node.kwargs or len(dims) != n or not all(isinstance(d, int) for d in dims):
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     return wire._replace(dim=[d % n for d in dims].index(wire.dim))  # type: ignore[operator]
 
 
-@_channels
-def _transpose(walk: _Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
-    given = _options(node, "input", "dim0", "dim1")
+@channelwise
+def _transpose(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    given = options(node, "input", "dim0", "dim1")
     n = len(walk.shapes[node])
     a, b = given.get("dim0"), given.get("dim1")
     if not (isinstance(a, int) and isinstance(b, int)):
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     a, b = a % n, b % n
     return wire._replace(dim={a: b, b: a}.get(wire.dim, wire.dim))
 
 
-def _cat(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
+def _cat(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """Along the channels: one after the other. Along another dimension: constant where both are, and alike."""
-    given = _options(node, "tensors", "dim")
+    given = options(node, "tensors", "dim")
     tensors, at = given.get("tensors"), given.get("dim", given.get("axis", 0))
     if not isinstance(tensors, tuple | list) or not all(isinstance(t, fx.Node) and t in walk.shapes for t in tensors):
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     dims = {wire.dim for t in tensors if (wire := walk.wires[t]) is not None}
     n = len(walk.shapes[node])
     if len(dims) != 1 or not isinstance(at, int) or {len(walk.shapes[t]) for t in tensors} != {n}:
-        return _barrier(walk, node, module)
+        return barrier(walk, node, module)
     (dim,) = dims
     wires = [walk.at(t, dim) for t in tensors]
     if at % n == dim:
@@ -642,9 +650,9 @@ def _cat(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
     return walk.emit(dim, first.ids, alike, first.value)
 
 
-def _sizes(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
+def _sizes(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """x.size(), x.shape, x.dtype, ...: a number of channels that is read must stay what it is."""
-    wire = _only_input(walk, node)
+    wire = only_input(walk, node)
     if wire is None:
         return None
     what = node.args[1] if node.target is getattr else node.target
@@ -652,12 +660,12 @@ def _sizes(walk: _Walk, node: fx.Node, module: Any) -> Wire | None:
     if what in ("dtype", "device", "ndim", "dim"):
         return None
     if what == "size" and len(node.args) + len(node.kwargs) == 2:
-        read = [_options(node, "input", "dim").get("dim")]
+        read = [options(node, "input", "dim").get("dim")]
     elif what in ("size", "shape") and all(user.target is operator.getitem for user in node.users):
         read = [user.args[1] for user in node.users]
     else:
-        return _barrier(walk, node, module)
-    return _barrier(walk, node, module) if any(_reads(key, wire.dim, n) for key in read) else None
+        return barrier(walk, node, module)
+    return barrier(walk, node, module) if any(_reads(key, wire.dim, n) for key in read) else None
 
 
 def _reads(key: Any, dim: int, n: int) -> bool:
@@ -720,13 +728,16 @@ MODULES: dict[type, Rule] = {
 }  # fmt: skip
 
 
+Walk.rules = MODULES
+
+
 class Graph:
     """A network as torch.fx sees it, for `cut`.
 
     The modules of torch.nn are leaves; of an `nn.TransformerEncoderLayer` the parts are. Nothing about the model
     changes: no parameter, buffer, training flag or random number.
 
-    What the network computes in Python from `in_features`, `out_channels` and the like of its own layers is not seen.
+    What the network computes in Python from `in_features`, `outchannelwise` and the like of its own layers is not seen.
 
     Args:
         model: the network.
@@ -740,10 +751,10 @@ class Graph:
     def __init__(self, model: nn.Module, example_inputs: tuple[Tensor, ...]) -> None:
         self.model = model
         self.example_inputs = tuple(example_inputs)
-        self._traces: dict[tuple[bool, ...], _Trace] = {}
-        self._traced()
+        self._traces: dict[tuple[bool, ...], Trace] = {}
+        self.traced()
 
-    def _traced(self) -> _Trace:
+    def traced(self) -> Trace:
         # A forward may look at `self.training`: each combination of flags has a trace of its own.
         flags = tuple(module.training for module in self.model.modules())
         if flags not in self._traces:
@@ -766,7 +777,7 @@ class Graph:
         """
         for name, mask in alive.items():
             self._check(name, mask)
-        walk = _Walk(self.model, self._traced(), alive)
+        walk = Walk(self.model, self.traced(), alive)
         removed = walk.removed()
         cuts = {call.name: call.cut(removed) for call in walk.calls}
         return {name: cut for name, cut in cuts.items() if cut is not None}
