@@ -20,7 +20,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
-# ---- twelve architectures
+# ---- thirteen architectures
 
 
 class DenseNet(nn.Module):
@@ -127,6 +127,55 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+class Attends(nn.Module):
+    """A transformer block that does everything itself, in one of the usual ways."""
+
+    def __init__(self, way: str = "sdpa", heads: int = 4, width: int = 12) -> None:
+        super().__init__()
+        self.way, self.heads = way, heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        if way in ("sdpa", "softmax", "flatten"):
+            self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        else:
+            self.qkv = nn.Linear(width, 3 * width)
+        self.out, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 40), nn.Linear(40, width)
+        self.dropout = nn.Dropout(0.1)
+
+    def projections(self, x: Tensor) -> tuple[Tensor, ...]:
+        b, t, c = x.shape
+        h = self.heads
+        if self.way in ("sdpa", "softmax"):
+            layers = (self.query, self.key, self.value)
+            return tuple(layer(x).view(b, t, h, c // h).transpose(1, 2) for layer in layers)
+        if self.way == "flatten":
+            layers = (self.query, self.key, self.value)
+            return tuple(layer(x).unflatten(-1, (h, 3)).permute(0, 2, 1, 3) for layer in layers)
+        if self.way == "vit":
+            q, k, v = self.qkv(x).reshape(b, t, 3, h, c // h).permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v
+        if self.way == "items":
+            qkv = self.qkv(x).reshape(b, t, 3, h, c // h).permute(2, 0, 3, 1, 4)
+            return qkv[0], qkv[1], qkv[2]
+        q, k, v = self.qkv(x).split(c, dim=2) if self.way == "gpt" else self.qkv(x).chunk(3, dim=-1)
+        return tuple(part.view(b, t, h, c // h).transpose(1, 2) for part in (q, k, v))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = self.projections(self.norm1(x))
+        if self.way in ("softmax", "vit"):
+            scores = (q @ k.transpose(-2, -1)) * (1.0 / 3**0.5)
+            y = self.dropout(scores.softmax(dim=-1)) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.way == "gpt")
+        y = y.transpose(1, 2)
+        y = y.flatten(2) if self.way == "flatten" else y.contiguous().view(b, t, c)
+        x = x + self.out(y)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+WAYS = ["sdpa", "softmax", "flatten", "vit", "items", "gpt", "chunk"]
+
+
 class Words(nn.Module):
     """An embedding whose columns are units, and a gate."""
 
@@ -173,6 +222,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnext": (ResNeXt, IMAGE),
     "encoder": (Encoder, (4, 7)),
     "block": (Block, (3, 6, 12)),
+    "attends": (Attends, (2, 5, 12)),
     "words": (Words, (5, 6)),
     "sound": (sound, (3, 2, 32)),
 }
@@ -360,6 +410,39 @@ def test_heads_go_and_masks_stay() -> None:
         y = x if batch_first else x.transpose(0, 1)
         want = model.attention(y, y, y, key_padding_mask=padding)[0]
         assert torch.allclose(want, attention(y, y, y, key_padding_mask=padding)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_that_are_written_in_the_code(way: str) -> None:
+    torch.manual_seed(0)
+    model = Attends(way)
+    x = torch.randn(2, 5, 12)
+    with torch.no_grad():
+        values = model.value.weight if hasattr(model, "value") else model.qkv.weight[24:]
+        values[3:6] = 0  # its values are a constant
+        model.out.weight[:, 9:] = 0  # nobody reads it
+    small = tb.shrink(model, (x,))
+    assert difference(model, small.model, torch.randn(3, 7, 12)) < 1e-6
+    assert small.model.get_submodule("out").in_features == 6
+    fused = [p.shape for name, p in small.model.named_parameters() if name in ("qkv.weight", "query.weight")]
+    assert fused == [(18, 12)] if hasattr(model, "qkv") else [(6, 12)]
+    assert any("heads" in note for note in small.report.notes)
+    # Training goes on in the original's own code, so there all heads stay.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = tb.shrink(model, (x,), optimizer)
+    assert type(kept.model) is Attends
+    assert kept.model.out.in_features == 12
+    assert difference(model, kept.model, x) < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_attention_that_die_at_random(way: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Attends(way)
+    kill(model, (0.5, 0.8, 0.95)[seed % 3], columns=seed > 3)
+    small = tb.shrink(model, (torch.randn(2, 5, 12),))
+    assert difference(model, small.model, torch.randn(3, 7, 12)) < 1e-6
 
 
 def test_weights_of_attention_that_are_used_keep_all_heads() -> None:

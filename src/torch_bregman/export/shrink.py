@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +19,7 @@ from ..regularizers import Grouped, NuclearNorm
 from ..restriction.attention import Attention, live_heads
 from ..restriction.compact import Slice
 from ..restriction.graph import Call, Graph, Untraceable, still
+from ..restriction.heads import Edit
 from ..restriction.support import elementwise
 from ..restriction.unused import LAST, LAYERS, Unused, mixes
 from .cut_groups import without
@@ -120,8 +121,9 @@ def shrink(
     zero. A layer whose rank is low enough becomes two. What cannot be removed exactly stays, and the report says why.
 
     The outputs are compared on the example and on random inputs of the same shapes. `model` is not changed; what comes
-    out has weights of its own, consists of modules of torch.nn (and `torch_bregman.restriction.Attention` where heads were
-    removed), and keeps training flags, `requires_grad`, dtypes and devices.
+    out has weights of its own, consists of modules of torch.nn (where heads were removed from nn.MultiheadAttention,
+    of `torch_bregman.restriction.attention.Attention`), and keeps training flags, `requires_grad`, dtypes and devices.
+    Where the number of heads stands in the network's code, it is a torch.fx.GraphModule.
 
     Args:
         model: the network. torch.fx has to be able to follow it; if it cannot, only attention heads and ranks shrink.
@@ -150,16 +152,17 @@ def shrink(
         scissors.ranks()
     elif any(_is_nuclear(optimizer)):
         scissors.notes.append("No layer became two factors: the state of the optimizer does not split like that.")
+    rows = scissors.rows()
+    scissors.finish()
     difference = _difference(model, scissors.model, inputs)
     if difference > TOLERANCE:
         raise RuntimeError(
             f"The smaller network differs by {difference:.1e} of the largest output, more than {TOLERANCE:.0e}; "
             "nothing was changed. Please report this network."
         )
-    scissors.finish()
     following = None if optimizer is None else _follow(optimizer, model, scissors)
     sizes = tuple(sum(p.numel() for p in m.parameters()) for m in (model, scissors.model))
-    report = Report(scissors.rows(), (sizes[0], sizes[1]), difference, scissors.notes)
+    report = Report(rows, (sizes[0], sizes[1]), difference, scissors.notes)
     return Shrunk(scissors.model, following, report, [part for parts in scissors.parts.values() for part in parts])
 
 
@@ -172,6 +175,7 @@ class _Scissors:
         for p in self.model.parameters():
             p.grad = None
         self.notes: list[str] = []
+        self.code: fx.Graph | None = None  # instead of the original's, where that has to change
         self.parts: dict[nn.Parameter, list[Slice]] = {}  # of the original's parameters
         self.layers: dict[str, dict[str, Any]] = {}  # what is known for the rows of the report
         twins = zip(model.named_modules(remove_duplicate=False), self.model.modules(), strict=False)
@@ -188,6 +192,10 @@ class _Scissors:
             while name not in flags:  # a part of what took a module's place
                 name = name.rpartition(".")[0]
             module.training = flags[name]
+        if self.code is not None:
+            training = self.model.training
+            self.model = fx.GraphModule(self.model, self.code, type(self.original).__name__)
+            self.model.training = training
 
     def rows(self) -> list[Row]:
         """What became of each layer."""
@@ -291,7 +299,9 @@ class _Scissors:
         """Everything without the units that do not count."""
         try:
             graph = Graph(self.model, inputs)
-            walk = Unused(self.model, graph.traced())
+            nodes = graph.traced().nodes
+            plain = sum(node.op == "placeholder" for node in nodes) == len(inputs)
+            walk = Unused(self.model, graph.traced(), rewrite=plain and not training)
             moving = self._moving(graph, walk) if training else None
             if moving is not None and len(moving):
                 walk = Unused(self.model, graph.traced(), moving)
@@ -308,6 +318,13 @@ class _Scissors:
                 known["reason"] = "is called in another way than once with one tensor"
         for call in walk.calls:
             self._shorten(walk, call)
+        edits = [edit for edit in walk.edits if walk.gone[edit.ids].any()]
+        if edits:
+            self.code = _rewritten(nodes[0].graph, edits, walk.gone)
+            self.notes.append(
+                f"The number of heads is written in the code of {type(self.original).__name__}: what comes out is a "
+                "torch.fx.GraphModule of it as it computes in eval."
+            )
 
     def _moving(self, graph: Graph, walk: Unused) -> Tensor | None:
         """Ids whose constants are others in training, where norms take the statistics of the batch."""
@@ -397,6 +414,24 @@ class _Scissors:
         """Whether the module around it takes the weights themselves."""
         parent = self.model.get_submodule(name.rpartition(".")[0]) if "." in name else self.model
         return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+
+
+def _rewritten(code: fx.Graph, edits: list[Edit], gone: Tensor) -> fx.Graph:
+    """The same operations with other numbers of heads."""
+    twins: dict[fx.Node, fx.Node] = {}
+    new = fx.Graph()
+    new.output(new.graph_copy(code, twins))
+    for edit in edits:
+        node, left = twins[edit.node], int((~gone[edit.ids]).sum()) * edit.each
+        args = list(node.args)
+        if edit.inner is None:
+            args[edit.at] = left
+        else:
+            inner: list[Any] = list(args[edit.at])  # type: ignore[arg-type]
+            inner[edit.inner] = left
+            args[edit.at] = tuple(inner)
+        node.args = tuple(args)
+    return new
 
 
 def _sizes(module: Any) -> tuple[int, int]:

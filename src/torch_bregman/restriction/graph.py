@@ -581,7 +581,7 @@ def _flatten(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
 
 
 @channelwise
-def _view(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+def view(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     """x.view(x.size(0), -1) and the like; where a size is written as a number, the channels cannot change it."""
     before, after = walk.shapes[node.all_input_nodes[0]], walk.shapes[node]
     sizes = node.args[1:]
@@ -704,11 +704,11 @@ _POOLS: dict[str, Rule] = {
 _SHARED: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
     "mean": _mean, "amax": _mean, "amin": _mean,
-    "flatten": _flatten, "reshape": _view, "permute": _permute, "transpose": _transpose,
+    "flatten": _flatten, "reshape": view, "permute": _permute, "transpose": _transpose,
     "detach": _same,
 }  # fmt: skip
 METHODS: dict[str, Rule] = {
-    **_SHARED, "view": _view, "size": _sizes, "dim": _sizes,
+    **_SHARED, "view": view, "size": _sizes, "dim": _sizes,
     "contiguous": _same, "float": _same, "double": _same,
 }  # fmt: skip
 FUNCTIONS: dict[Any, Rule] = {

@@ -14,7 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .graph import MODULES, Call, Rule, Trace, Walk, Wire, barrier, channelwise, components, constants, numbers, padded
+from .graph import (
+    MODULES,
+    Call,
+    Rule,
+    Trace,
+    Walk,
+    Wire,
+    barrier,
+    channelwise,
+    components,
+    constants,
+    numbers,
+    padded,
+    view,
+)
+from .heads import CHANNELS, HEADS, Edit, Heads, follow, same, softmax, stop
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CARRIES = "carries the constants of removed ones through a zero padding"
@@ -66,8 +81,12 @@ class Unused(Walk):
 
     rules: Mapping[type, Rule] = {**MODULES, nn.GroupNorm: _group_norm, nn.Embedding: _embedding}
 
-    def __init__(self, model: nn.Module, trace: Trace, moving: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, moving: Tensor | None = None, *, rewrite: bool = False) -> None:
         self.needs: list[tuple[Tensor, str]] = []
+        self.heads: dict[Any, Heads] = {}
+        self.pieces: dict[Any, list[Any]] = {}
+        self.edits: list[Edit] = []
+        self.rewrite = rewrite
         super().__init__(model, trace, {})
         if moving is not None:
             self.needs.append((moving, MOVES))
@@ -85,6 +104,28 @@ class Unused(Walk):
             self.forced |= self.label == self.label[more]
 
     # ---- what the rules report
+
+    def rule(self, node: fx.Node) -> tuple[Rule, Any]:
+        """Heads of attention have rules of their own."""
+        usual, module = super().rule(node)
+        if not self.rewrite or node.op not in ("call_function", "call_method", "call_module"):
+            return usual, module
+        ours: Any = None
+        sources = node.all_input_nodes
+        if any(source in self.heads or source in self.pieces for source in sources):
+            if isinstance(module, nn.Dropout | nn.Identity):
+                ours = same
+            elif isinstance(module, nn.Softmax):
+                ours = softmax
+            else:
+                ours = HEADS.get(node.target, stop)
+        elif usual in (barrier, view) and sources and self.wires.get(sources[0]) is not None:
+            ours = CHANNELS.get(node.target)
+            if usual is view and node in self.shapes and len(self.shapes[node]) <= len(self.shapes[sources[0]]):
+                ours = None
+        if ours is None:
+            return usual, module
+        return (lambda walk, node, module: follow(self, node, ours)), module
 
     def hold(self, ids: Tensor) -> None:
         self.needs.append((ids, _operation(self.node, self.module)))
