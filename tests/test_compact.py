@@ -456,7 +456,7 @@ def test_dropout_keeps_what_it_would_make_random() -> None:
         lambda x: F.max_pool1d(x, 3, 1, padding=1),
         lambda x: x + x.mean(1, keepdim=True),
         lambda x: torch.stack([x, x]).sum(0),
-        lambda x: F.max_pool2d(x[:, :, None, None], 1).flatten(1),
+        lambda x: F.max_pool2d(x[:, None, :, None], 1).flatten(1),
     ],
 )
 def test_operations_that_need_all_channels(read: Callable[[Tensor], Tensor]) -> None:

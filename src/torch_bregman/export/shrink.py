@@ -18,10 +18,10 @@ from ..optim.base import BregmanOptimizer
 from ..regularizers import Grouped, NuclearNorm
 from ..restriction.attention import Attention, live_heads
 from ..restriction.compact import Slice
-from ..restriction.graph import Call, Graph, Untraceable, still
+from ..restriction.graph import Call, Graph, Untraceable, oriented, still
 from ..restriction.heads import Edit
 from ..restriction.support import elementwise
-from ..restriction.unused import LAST, LAYERS, Unused, mixes
+from ..restriction.unused import LAST, LAYERS, TRANSPOSED, Unused, mixes
 from .cut_groups import without
 
 TOLERANCE = 1e-5  # of the largest output; in float64, so what is left is the rounding of folded constants
@@ -123,7 +123,7 @@ def shrink(
     The outputs are compared on the example and on random inputs of the same shapes. `model` is not changed; what comes
     out has weights of its own, consists of modules of torch.nn (where heads were removed from nn.MultiheadAttention,
     of `torch_bregman.restriction.attention.Attention`), and keeps training flags, `requires_grad`, dtypes and devices.
-    Where the number of heads stands in the network's code, it is a torch.fx.GraphModule.
+    Where the number of heads, or the size of a view, stands in the network's code, it is a torch.fx.GraphModule.
 
     Args:
         model: the network. torch.fx has to be able to follow it; if it cannot, only attention heads and ranks shrink.
@@ -322,8 +322,8 @@ class _Scissors:
         if edits:
             self.code = _rewritten(nodes[0].graph, edits, walk.gone)
             self.notes.append(
-                f"The number of heads is written in the code of {type(self.original).__name__}: what comes out is a "
-                "torch.fx.GraphModule of it as it computes in eval."
+                f"Sizes that change (heads, or a view) stand in the code of {type(self.original).__name__}: what comes "
+                "out is a torch.fx.GraphModule of it as it computes in eval."
             )
 
     def _moving(self, graph: Graph, walk: Unused) -> Tensor | None:
@@ -358,7 +358,9 @@ class _Scissors:
             rows, columns, weight, shift = walk.fold(call)
             if at is None and columns is None:
                 return
-            self.cut(call.name, "weight", at, columns, value=weight)
+            turned = isinstance(module, TRANSPOSED)
+            index, weight = ((columns, at), weight.transpose(0, 1)) if turned else ((at, columns), weight)
+            self.cut(call.name, "weight", *index, value=weight)
             if module.bias is not None:
                 bias = None if shift is None else module.bias.detach().cpu().double()[rows] + shift
                 self.cut(call.name, "bias", at, value=bias)
@@ -367,7 +369,7 @@ class _Scissors:
             if isinstance(module, nn.Linear):
                 module.out_features, module.in_features = module.weight.shape
             else:
-                module.out_channels, module.in_channels = module.weight.shape[:2]
+                module.out_channels, module.in_channels = oriented(module).shape[:2]
         elif at is None:
             return
         elif isinstance(module, nn.Embedding):

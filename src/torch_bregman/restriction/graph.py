@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
@@ -254,6 +254,8 @@ def constant_image(module: Any, weight: Tensor, values: Tensor, positions: tuple
 
 def padded(module: Any) -> bool:
     """Whether a convolution sees zeros beyond the border; the other paddings continue a constant."""
+    if isinstance(module, _ConvTransposeNd):  # positions are reached by different parts of the kernel
+        return True
     padding = module.padding
     return module.padding_mode == "zeros" and (padding == "same" or (padding != "valid" and _some(padding, 0)))
 
@@ -417,7 +419,7 @@ def _same(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     return wire
 
 
-def _layer(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+def layer(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """Linear and convolutions: a unit that does not live emits its bias."""
     if len(node.args) != 1 or node.kwargs:
         return barrier(walk, node, module)
@@ -426,12 +428,14 @@ def _layer(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     convolution = isinstance(module, _ConvNd)
     dim = 1 if convolution else len(shape) - 1
     groups = module.groups if convolution else 1
+    if groups > 1 and isinstance(module, _ConvTransposeNd):
+        return barrier(walk, node, module)
     if convolution and len(shape) != 2 + len(module.kernel_size):
         return barrier(walk, node, module)
     wire = walk.at(source, dim)
     alive, constant, value = walk.units(str(node.target), module, wire)
     if groups == 1:
-        ids = walk.new(len(module.weight))
+        ids = walk.new(len(alive))
     else:  # a group goes with all its inputs and outputs, or stays
         own = wire.ids.view(groups, -1)
         walk.pairs += [(own[:, 0], other) for other in own.T[1:]]
@@ -441,15 +445,21 @@ def _layer(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     return output
 
 
+def oriented(module: Any) -> Tensor:
+    """The weight of a layer as [outputs, inputs, *kernel]."""
+    weight = module.weight.detach()
+    return weight.transpose(0, 1) if isinstance(module, _ConvTransposeNd) else weight
+
+
 def constants(module: Any, wire: Wire, alive: Tensor, bias: Tensor, *, trained: bool) -> tuple[Tensor, Tensor]:
     """Which units of a Linear or a convolution are constant, and what they emit.
 
     `alive`: those that have a weight; `bias`: what they emit without inputs; `trained`: weights
     that are zero may change.
     """
-    weight = numbers(module.weight)
+    weight = numbers(oriented(module))
     groups = getattr(module, "groups", 1)
-    weight = weight.view(groups, len(weight) // groups, *weight.shape[1:])  # [groups, out, in, *kernel]
+    weight = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])  # [groups, out, in, *kernel]
     sums = weight[..., None].flatten(3).sum(3)
     reads = torch.ones_like(sums, dtype=torch.bool) if trained else (weight != 0)[..., None].flatten(3).any(3)
     known, value = wire.constant.view(groups, 1, -1), wire.value.view(groups, 1, -1)
@@ -482,7 +492,7 @@ def _norm(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     return output
 
 
-def _pointwise(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+def pointwise(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """f(x), x + y, ...: of constants, a constant."""
     nodes = node.all_input_nodes
     wires = None if "out" in node.kwargs or not _harmless(walk, node, module) else walk.aligned(nodes)
@@ -507,7 +517,7 @@ def _harmless(walk: Walk, node: fx.Node, module: Any) -> bool:
     if not in_place and not node.kwargs.get("inplace") and not any(arg is True for arg in node.args):
         return True
     first = node.all_input_nodes[0]
-    return len(first.users) == 1 and walk.rule(first)[0] in (_layer, _norm, _pointwise)
+    return len(first.users) == 1 and walk.rule(first)[0] in (layer, _norm, pointwise)
 
 
 def _dropout(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
@@ -577,7 +587,7 @@ def _flatten(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     start, end = given.get("start_dim", 0), given.get("end_dim", -1)
     if not (isinstance(start, int) and isinstance(end, int)):
         return barrier(walk, node, module)
-    return _merge(walk, node, module, wire, start, end)
+    return merged(walk, node, module, wire, start, end)
 
 
 @channelwise
@@ -592,10 +602,10 @@ def view(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
         return barrier(walk, node, module)
     if not isinstance(sizes[-1], int) or sizes[-1] != -1:
         return barrier(walk, node, module)
-    return _merge(walk, node, module, wire, last, len(before) - 1)
+    return merged(walk, node, module, wire, last, len(before) - 1)
 
 
-def _merge(walk: Walk, node: fx.Node, module: Any, wire: Wire, start: int, end: int) -> Wire | None:
+def merged(walk: Walk, node: fx.Node, module: Any, wire: Wire, start: int, end: int) -> Wire | None:
     """Dimensions `start` to `end` become one, in which every channel has as many places as the others multiply to."""
     shape = walk.shapes[node.all_input_nodes[0]]
     start, end = start % len(shape), end % len(shape)
@@ -616,6 +626,42 @@ def _permute(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     if node.kwargs or len(dims) != n or not all(isinstance(d, int) for d in dims):
         return barrier(walk, node, module)
     return wire._replace(dim=[d % n for d in dims].index(wire.dim))  # type: ignore[operator]
+
+
+@channelwise
+def _unsqueeze(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    dim = options(node, "input", "dim").get("dim")
+    if not isinstance(dim, int):
+        return barrier(walk, node, module)
+    return wire._replace(dim=wire.dim + (dim % len(walk.shapes[node]) <= wire.dim))
+
+
+@channelwise
+def _squeeze(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    """Of single dimensions that are named; without, those of the channels or samples might go."""
+    dim = options(node, "input", "dim").get("dim")
+    before = walk.shapes[node.all_input_nodes[0]]
+    if not isinstance(dim, int) or dim % len(before) == wire.dim:
+        return barrier(walk, node, module)
+    gone = before[dim % len(before)] == 1 and dim % len(before) < wire.dim
+    return wire._replace(dim=wire.dim - gone)
+
+
+@channelwise
+def _item(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    """x[:, :, None, 0] and the like, where all channels are taken."""
+    keys = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    before = after = 0
+    for key in keys:
+        if key is None:
+            after += 1
+        elif isinstance(key, slice | int) and before != wire.dim:
+            before, after = before + 1, after + isinstance(key, slice)
+        elif key == slice(None):
+            return wire._replace(dim=after)
+        else:
+            return barrier(walk, node, module)
+    return wire._replace(dim=wire.dim + after - before)
 
 
 @channelwise
@@ -702,9 +748,10 @@ _POOLS: dict[str, Rule] = {
     for name in ("max_pool{}d", "avg_pool{}d", "adaptive_max_pool{}d", "adaptive_avg_pool{}d")
 }
 _SHARED: dict[str, Rule] = {
-    **dict.fromkeys(_POINTWISE, _pointwise),
+    **dict.fromkeys(_POINTWISE, pointwise),
     "mean": _mean, "amax": _mean, "amin": _mean,
     "flatten": _flatten, "reshape": view, "permute": _permute, "transpose": _transpose,
+    "unsqueeze": _unsqueeze, "squeeze": _squeeze,
     "detach": _same,
 }  # fmt: skip
 METHODS: dict[str, Rule] = {
@@ -713,15 +760,15 @@ METHODS: dict[str, Rule] = {
 }  # fmt: skip
 FUNCTIONS: dict[Any, Rule] = {
     **_named(torch, {**_SHARED, **_POOLS, "cat": _cat, "concat": _cat, "concatenate": _cat}),
-    **_named(F, {**dict.fromkeys(_POINTWISE, _pointwise), **_POOLS}),
-    **_named(operator, dict.fromkeys(_OPERATORS, _pointwise)),
+    **_named(F, {**dict.fromkeys(_POINTWISE, pointwise), **_POOLS}),
+    **_named(operator, dict.fromkeys(_OPERATORS, pointwise)),
     F.dropout: _dropout, F.dropout1d: _dropout, F.dropout2d: _dropout, F.dropout3d: _dropout,
-    F.interpolate: _interpolate, getattr: _sizes,
+    F.interpolate: _interpolate, getattr: _sizes, operator.getitem: _item,
 }  # fmt: skip
 MODULES: dict[type, Rule] = {
-    **_named(nn, dict.fromkeys(_ACTIVATIONS, _pointwise)),
+    **_named(nn, dict.fromkeys(_ACTIVATIONS, pointwise)),
     **_named(nn, {"".join(map(str.capitalize, n.split("_"))): rule for n, rule in _POOLS.items()}),
-    nn.Linear: _layer, nn.Conv1d: _layer, nn.Conv2d: _layer, nn.Conv3d: _layer,
+    nn.Linear: layer, nn.Conv1d: layer, nn.Conv2d: layer, nn.Conv3d: layer,
     nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm, nn.BatchNorm3d: _norm,
     nn.Dropout: _dropout, nn.Dropout1d: _dropout, nn.Dropout2d: _dropout, nn.Dropout3d: _dropout,
     nn.Identity: _same, nn.Flatten: _flatten, nn.Upsample: _interpolate,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from .graph import Wire, barrier
+from .graph import Wire, barrier, merged
 
 if TYPE_CHECKING:
     from .unused import Unused
@@ -55,12 +55,14 @@ class Edit(NamedTuple):
 Rule = Callable[["Unused", fx.Node], "Heads | Wire | list[Any] | None"]
 
 
-def split(walk: Unused, node: fx.Node) -> Heads | None:
+def split(walk: Unused, node: fx.Node) -> Heads | Wire | None:
     """x.view(…, heads, width) or x.view(…, parts, heads, width) of a tensor whose channels lie last; or unflatten."""
     source: Any = node.args[0]
     wire, before = walk.wires[source], walk.shapes[source]
     after, n = walk.shapes[node], len(walk.shapes[source])
     extra = len(after) - n
+    if extra <= 0:
+        return flat(walk, node)
     if wire is None or wire.dim != n - 1 or extra not in (1, 2) or after[: n - 1] != before[: n - 1] or node.kwargs:
         return None
     last: Any = node.args[-1]
@@ -83,6 +85,22 @@ def split(walk: Unused, node: fx.Node) -> Heads | None:
         counted = heads.ids if extra == 1 else heads.ids[0]
         walk.edits.append(Edit(node, len(node.args) - 1 if inner else 1 + at, at if inner else None, counted, 1))
     return heads
+
+
+def flat(walk: Unused, node: fx.Node) -> Wire | None:
+    """x.view(-1, channels * places), with the size in numbers."""
+    source: Any = node.args[0]
+    wire, before, after = walk.wires[source], walk.shapes[source], walk.shapes[node]
+    last = len(after) - 1
+    end: Any = node.args[-1]
+    inner = isinstance(end, tuple | list)
+    sizes = tuple(end) if inner else node.args[1:]
+    if wire is None or node.kwargs or len(sizes) != len(after) or after[:last] != before[:last] or wire.dim < last:
+        return None
+    result = merged(walk, node, None, wire, last, len(before) - 1)
+    if result is not None:
+        walk.edits.append(Edit(node, len(node.args) - 1, last if inner else None, result.ids, 1))
+    return result
 
 
 def merge(walk: Unused, node: fx.Node) -> Wire | None:

@@ -25,13 +25,16 @@ from .graph import (
     channelwise,
     components,
     constants,
+    layer,
     numbers,
+    oriented,
     padded,
     view,
 )
 from .heads import CHANNELS, HEADS, Edit, Heads, follow, same, softmax, stop
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 CARRIES = "carries the constants of removed ones through a zero padding"
 LAST = "is the last one of its layer"
 SHARED = "is joined with units that live"
@@ -66,6 +69,14 @@ def _embedding(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     return output
 
 
+@channelwise
+def _prelu(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    if module.num_parameters > 1:
+        return barrier(walk, node, module)
+    value = torch.where(wire.value > 0, wire.value, numbers(module.weight) * wire.value)
+    return walk.emit(wire.dim, wire.ids, wire.constant, value)
+
+
 def mixes(call: Call) -> bool:
     """Whether every unit of the layer may read all channels, not those of its own group alone."""
     return isinstance(call.module, LAYERS) and getattr(call.module, "groups", 1) == 1
@@ -79,7 +90,13 @@ class Unused(Walk):
         carriers: by name of a layer with zero padding, which channel of its input carries the constants of the others.
     """
 
-    rules: Mapping[type, Rule] = {**MODULES, nn.GroupNorm: _group_norm, nn.Embedding: _embedding}
+    rules: Mapping[type, Rule] = {
+        **MODULES,
+        nn.GroupNorm: _group_norm,
+        nn.Embedding: _embedding,
+        nn.PReLU: _prelu,
+        **dict.fromkeys(TRANSPOSED, layer),
+    }
 
     def __init__(self, model: nn.Module, trace: Trace, moving: Tensor | None = None, *, rewrite: bool = False) -> None:
         self.needs: list[tuple[Tensor, str]] = []
@@ -121,7 +138,7 @@ class Unused(Walk):
                 ours = HEADS.get(node.target, stop)
         elif usual in (barrier, view) and sources and self.wires.get(sources[0]) is not None:
             ours = CHANNELS.get(node.target)
-            if usual is view and node in self.shapes and len(self.shapes[node]) <= len(self.shapes[sources[0]]):
+            if usual is view and _free(node):
                 ours = None
         if ours is None:
             return usual, module
@@ -134,7 +151,7 @@ class Unused(Walk):
         """That a channel is not constant matters only to those who read it."""
 
     def units(self, name: str, module: Any, wire: Wire) -> tuple[Tensor, Tensor, Tensor]:
-        alive = torch.ones(len(module.weight), dtype=torch.bool)
+        alive = torch.ones(len(oriented(module)), dtype=torch.bool)
         bias = torch.zeros(len(alive)).double() if module.bias is None else numbers(module.bias)
         return (alive, *constants(module, wire, alive, bias, trained=False))
 
@@ -203,8 +220,8 @@ class Unused(Walk):
         read += [ids for ids, _ in self.needs]
         unread = torch.ones(self.count, dtype=torch.bool)
         unread[torch.cat(read)] = False
-        weight: Any = call.module.weight
-        silent = (weight.detach() == 0).cpu().transpose(0, int(isinstance(call.module, nn.Embedding))).flatten(1).all(1)
+        weight: Any = call.module.weight.T if isinstance(call.module, nn.Embedding) else oriented(call.module)
+        silent = (weight.detach() == 0).cpu().flatten(1).all(1)
         return call.output.constant | silent | unread[call.output.ids]
 
     @torch.no_grad()
@@ -213,7 +230,7 @@ class Unused(Walk):
         module: Any = call.module
         outputs = (~self.gone[call.output.ids]).nonzero().view(-1)
         lost = self.gone[call.source.ids]
-        weight, shift = numbers(module.weight)[outputs], None
+        weight, shift = numbers(oriented(module))[outputs], None
         known = lost & call.source.constant & (call.source.value != 0)
         if known.any():
             part = weight[:, known]
@@ -230,7 +247,14 @@ class Unused(Walk):
 
 def _reads(module: Any) -> Tensor:
     """[out, in]: whether a weight, or a kernel, is not zero."""
-    return (module.weight.detach() != 0).cpu()[..., None].flatten(2).any(2)
+    return (oriented(module) != 0).cpu()[..., None].flatten(2).any(2)
+
+
+def _free(node: fx.Node) -> bool:
+    """Whether the last size of a view is left open, so that the channels may change."""
+    sizes: Any = node.args[1:]
+    sizes = tuple(sizes[0]) if sizes and isinstance(sizes[0], tuple | list) else sizes
+    return bool(sizes) and isinstance(sizes[-1], int) and sizes[-1] == -1
 
 
 def _operation(node: fx.Node, module: Any) -> str:
