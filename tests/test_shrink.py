@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_bregman as tb
+from torch_bregman.export.shrink import compact
 from torch_bregman.models import convnet
 from torch_bregman.models.resnet import ResNet
 from torch_bregman.restriction.attention import Attention
@@ -360,6 +361,22 @@ def test_a_zero_padding_needs_one_carrier() -> None:
     with torch.no_grad():  # where the constants vanish at the border as well, none is needed
         model[0].bias[:7] = -1
     assert tb.shrink(model, (torch.randn(2, 1, 9, 9),)).model[0].out_channels == 2
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet18", "densenet", "mobilenet", "unet"])
+def test_for_inference_images_take_the_place_of_carriers(name: str) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = lived(NETWORKS[name][0]()).eval()
+        kill(model, 0.6)
+        x = example(name)
+        small, stock = compact(model, (x,)), tb.shrink(model, (x,)).model
+        assert difference(model, small, x) < 1e-5
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (small, stock)]
+        assert sizes[0] <= sizes[1]
+    if name == "vgg":
+        with pytest.raises(ValueError, match="smaller for inputs"):
+            small[:4](torch.randn(1, 3, 20, 20))
 
 
 def test_constants_reach_layers_without_bias() -> None:

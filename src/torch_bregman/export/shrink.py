@@ -166,11 +166,44 @@ def shrink(
     return Shrunk(scissors.model, following, report, [part for parts in scissors.parts.values() for part in parts])
 
 
+def compact(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """`shrink` for inference alone: constants that depend on the position are added as an image, so none is carried."""
+    scissors = _Scissors(model, carry=False)
+    scissors.units(inputs, training=False)
+    scissors.heads(inputs)
+    scissors.ranks()
+    scissors.finish()
+    return scissors.model
+
+
+@fx.wrap
+def add_image(x: Tensor, image: Tensor) -> Tensor:
+    """In place."""
+    if x.shape[1:] != image.shape:
+        raise ValueError(
+            f"A layer returns {tuple(x.shape[1:])} per sample; the network was made smaller for inputs that give "
+            f"{tuple(image.shape)}."
+        )
+    return x.add_(image)
+
+
+class AddImage(nn.Module):
+    """x + what removed channels contribute, [channels, *positions]."""
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("image", image)
+        self.image: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return add_image(x, self.image)
+
+
 class _Scissors:
     """A copy of the network that is cut, and which part of which parameter each new one is."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.original = model
+    def __init__(self, model: nn.Module, *, carry: bool = True) -> None:
+        self.original, self.carry = model, carry
         self.model = copy.deepcopy(model).eval()
         for p in self.model.parameters():
             p.grad = None
@@ -301,7 +334,7 @@ class _Scissors:
             graph = Graph(self.model, inputs)
             nodes = graph.traced().nodes
             plain = sum(node.op == "placeholder" for node in nodes) == len(inputs)
-            walk = Unused(self.model, graph.traced(), rewrite=plain and not training)
+            walk = Unused(self.model, graph.traced(), rewrite=plain and not training, carry=self.carry)
             moving = self._moving(graph, walk) if training else None
             if moving is not None and len(moving):
                 walk = Unused(self.model, graph.traced(), moving)
@@ -361,6 +394,8 @@ class _Scissors:
             turned = isinstance(module, TRANSPOSED)
             index, weight = ((columns, at), weight.transpose(0, 1)) if turned else ((at, columns), weight)
             self.cut(call.name, "weight", *index, value=weight)
+            image = None if shift is None or shift.dim() == 1 else shift.to(module.weight)
+            shift = shift if image is None else None
             if module.bias is not None:
                 bias = None if shift is None else module.bias.detach().cpu().double()[rows] + shift
                 self.cut(call.name, "bias", at, value=bias)
@@ -370,6 +405,8 @@ class _Scissors:
                 module.out_features, module.in_features = module.weight.shape
             else:
                 module.out_channels, module.in_channels = oriented(module).shape[:2]
+            if image is not None:
+                self._replace(call.name, nn.Sequential(module, AddImage(image)))
         elif at is None:
             return
         elif isinstance(module, nn.Embedding):

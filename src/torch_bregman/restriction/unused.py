@@ -24,6 +24,7 @@ from .graph import (
     barrier,
     channelwise,
     components,
+    constant_image,
     constants,
     layer,
     numbers,
@@ -87,7 +88,9 @@ class Unused(Walk):
 
     Attributes:
         gone: which ids can go.
-        carriers: by name of a layer with zero padding, which channel of its input carries the constants of the others.
+        edits: which arguments of which operations change with them; with `rewrite`, else such channels stay.
+        carriers: by name of a layer with zero padding, which channel of its input carries the constants of the others;
+            none without `carry`, then `fold` returns what they contribute as an image.
     """
 
     rules: Mapping[type, Rule] = {
@@ -98,12 +101,14 @@ class Unused(Walk):
         **dict.fromkeys(TRANSPOSED, layer),
     }
 
-    def __init__(self, model: nn.Module, trace: Trace, moving: Tensor | None = None, *, rewrite: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, trace: Trace, moving: Tensor | None = None, *, rewrite: bool = False, carry: bool = True
+    ) -> None:
         self.needs: list[tuple[Tensor, str]] = []
         self.heads: dict[Any, Heads] = {}
         self.pieces: dict[Any, list[Any]] = {}
         self.edits: list[Edit] = []
-        self.rewrite = rewrite
+        self.rewrite, self.carry = rewrite, carry
         super().__init__(model, trace, {})
         if moving is not None:
             self.needs.append((moving, MOVES))
@@ -111,6 +116,7 @@ class Unused(Walk):
         self.reads = {call.name: _reads(call.module) for call in self.calls if mixes(call)}
         kept = self._all(torch.cat([torch.empty(0, dtype=torch.int64), *(ids for ids, _ in self.needs)]))
         self.forced = torch.zeros_like(kept)
+        self.carriers: dict[str, int] = {}
         while True:
             self.gone = self._gone(kept | self.forced)
             more = self._missing()
@@ -188,7 +194,8 @@ class Unused(Walk):
         """For layers with zero padding the input that carries those that go; or an id that must stay for it."""
         carriers = {}
         for call in self.calls:
-            if call.name in self.reads and isinstance(call.module, LAYERS[1:]) and padded(call.module):
+            carry = self.carry or isinstance(call.module, TRANSPOSED)
+            if carry and call.name in self.reads and isinstance(call.module, LAYERS[1:]) and padded(call.module):
                 source = call.source
                 gone, known = self.gone[source.ids], source.constant & (source.value != 0)
                 lost = gone & known & self.reads[call.name][~self.gone[call.output.ids]].any(0)
@@ -226,7 +233,10 @@ class Unused(Walk):
 
     @torch.no_grad()
     def fold(self, call: Call) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Of a layer that mixes: outputs and inputs that stay, its weight there, and what is added to the bias."""
+        """Of a layer that mixes: outputs and inputs that stay, its weight there, and what is added to the bias.
+
+        That is [outputs], or [outputs, *positions] where it depends on the position.
+        """
         module: Any = call.module
         outputs = (~self.gone[call.output.ids]).nonzero().view(-1)
         lost = self.gone[call.source.ids]
@@ -239,6 +249,9 @@ class Unused(Walk):
                 at = self.carriers[call.name]
                 share = value / call.source.value[at]
                 weight[:, at] += (part * share.view(1, -1, *[1] * (part.dim() - 2))).sum(1)
+            elif part.any() and isinstance(module, LAYERS[1:]) and padded(module):
+                like = module.weight
+                shift = constant_image(module, part.to(like), value.to(like), call.positions).cpu()
             elif part.any():
                 shift = part[..., None].flatten(2).sum(2) @ value
         inputs = (~lost).nonzero().view(-1) if lost.any() else None
