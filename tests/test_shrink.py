@@ -430,6 +430,18 @@ def test_heads_go_and_masks_stay() -> None:
         assert torch.allclose(want, attention(y, y, y, key_padding_mask=padding)[0], atol=1e-5)
 
 
+def test_an_encoder_of_torch_alone() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    for model in (layer, nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)):
+        kill(model, 0.6)
+        small = tb.shrink(model, (torch.randn(2, 5, 16),))
+        assert type(small.model) is type(model)
+        assert all(model.get_submodule(row.name) is not None for row in small.report.rows)
+        assert sum(row.after[0] < row.before[0] for row in small.report.rows) >= 2
+        assert difference(model, small.model, torch.randn(3, 4, 16)) < 1e-6
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_heads_that_are_written_in_the_code(way: str) -> None:
     torch.manual_seed(0)

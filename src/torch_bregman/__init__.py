@@ -2,6 +2,8 @@
 
 from .control import TargetDensity
 from .density import density, sparsity_report
+from .export.file import load_sparse, read_sparse, save_sparse
+from .export.inference import optimize_for_inference
 from .export.shrink import shrink
 from .init import sparse_init_
 from .layers import param_groups
@@ -26,7 +28,11 @@ __all__ = [
     "TargetDensity",
     "bregman_distance",
     "density",
+    "load_sparse",
+    "optimize_for_inference",
     "param_groups",
+    "read_sparse",
+    "save_sparse",
     "shrink",
     "sparse_init_",
     "sparsity_report",

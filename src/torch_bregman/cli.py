@@ -1,12 +1,15 @@
-"""The command line: `torch-bregman train mnist --density 0.05`."""
+"""The command line: `torch-bregman train mnist --density 0.05`, and what is done with the network afterwards."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 try:
     import cyclopts
@@ -16,13 +19,20 @@ try:
 except ImportError:
     sys.exit("The command line needs its extra: pip install 'torch-bregman[train]'.")
 
+import torch
+from torch import Tensor, nn
+
 from . import __version__
-from .data import DataError
+from .data import DataError, Dataset, load
+from .models import build
 from .report import terminal_summary, write_report
 from .report.words import near
 from .train.files import RunError
-from .train.loop import Stopped, fit
+from .train.loop import Stopped, evaluate, fit
 from .train.recipe import Recipe
+
+REFRESH = 2  # times a second; more would disturb what is timed
+SAMPLES = 64  # that stand for the inputs of a network when it is shrunk, exported or timed
 
 app = App(
     name="torch-bregman",
@@ -125,6 +135,237 @@ def report(run: Path, /) -> None:
     path = write_report(run)
     Console().print(terminal_summary(run))
     print(path)
+
+
+@app.command
+def shrink(run: Path, /, *, out: Annotated[Path | None, Parameter(alias="-o")] = None) -> None:
+    """Cut what the network of a run does not use, and write the smaller one, which computes the same.
+
+    Neurons and filters without weights, and all that belongs to them, are left out; the table says what went, and why
+    the rest had to stay. Single weights that are zero stay zeros in the layers, and take no bytes in the file.
+
+    The file is read back with `tb.load_sparse(model, FILE)`, where `model` is a fresh network as it was trained:
+    it becomes the small one.
+
+    Parameters
+    ----------
+    run
+        The folder of a run that has ended.
+    out
+        The file to write. [RUN/shrunk.safetensors]
+    """
+    from .export.file import save_sparse
+    from .export.shrink import shrink as shrunk
+
+    done = trained(run)
+    path = writable(out or run / "shrunk.safetensors")
+    small = shrunk(done.model, (done.inputs,))
+    with writing(path):
+        saved = save_sparse(small.model, path)
+    print(f"{small.report}\n")
+    before = done.weights.stat().st_size
+    print(f"{done.weights}: {before:,} bytes, {before / saved.bytes:.1f} times as many as the file written.")
+    print(saved)
+
+
+@app.command
+def export(
+    run: Path,
+    /,
+    *,
+    format: Literal["onnx", "program", "sparse"] = "onnx",
+    out: Annotated[Path | None, Parameter(alias="-o")] = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+) -> None:
+    """Write the network of a run as a file for other programs, checked to compute the same.
+
+    onnx and program hold the shrunk network, with zeros where single weights are zero; the batch may have any size.
+
+    * `torch-bregman export RUN` - ONNX, for onnxruntime and many others: RUN/model.onnx. Needs the extra 'export'.
+    * `torch-bregman export RUN --format program` - for PyTorch without your code, with torch.export.load:
+      RUN/model.pt2.
+    * `torch-bregman export RUN --format sparse --dtype float16` - the network as it was trained, zeros left out and the
+      rest in half the bytes, for tb.load_sparse: RUN/sparse.safetensors.
+
+    Parameters
+    ----------
+    run
+        The folder of a run that has ended.
+    format
+        onnx, program (torch.export) or sparse.
+    out
+        The file to write.
+    dtype
+        What the values of a sparse file are rounded to. [as trained]
+    """
+    from .export.file import save_sparse
+    from .export.formats import save_onnx, save_program
+    from .export.shrink import shrink as shrunk
+
+    if dtype is not None and format != "sparse":
+        raise RunError(f"--dtype rounds the values of --format sparse; --format {format} keeps them as trained.")
+    done = trained(run)
+    path = writable(out or run / {"onnx": "model.onnx", "program": "model.pt2", "sparse": "sparse.safetensors"}[format])
+    if format == "sparse":
+        with writing(path):
+            print(save_sparse(done.model, path, dtype=getattr(torch, dtype) if dtype else None))
+        return
+    with Console().status(f"exporting and checking {path}", refresh_per_second=REFRESH):
+        small = shrunk(done.model, (done.inputs,)).model
+        try:
+            with writing(path):
+                (save_onnx if format == "onnx" else save_program)(small, done.inputs, path)
+        except ImportError as error:
+            raise RunError(str(error)) from None
+    print(f"{path}: {path.stat().st_size:,} bytes, the same outputs at every batch size that was tried")
+
+
+@app.command
+def bench(
+    run: Path,
+    /,
+    *,
+    rounds: int = 30,
+    batch: str = "1,64",
+    rivals: bool = True,
+) -> None:
+    """Prove what the sparse network of a run is worth: accuracy, size and speed beside the dense one, in one table.
+
+    The network is shrunk and made fast for this machine, its accuracy is measured again, and it is timed against the
+    dense network in PyTorch, with torch.compile and in ONNX Runtime, in turn and in random order. The dense network is
+    the twin of `train --compare`; without one its size and speed are those of the same network with random weights.
+    Where the sparse network loses, the table says so. Writes RUN/proof.json, and the table into RUN/report.html.
+
+    * `torch-bregman bench RUN` - the whole sheet, in a minute or two; a large network takes longer.
+    * `torch-bregman bench RUN --no-rivals --rounds 10` - a quick look, against dense PyTorch only.
+    * `torch-bregman bench RUN --batch 1` - as one sample after the other comes in.
+
+    Parameters
+    ----------
+    run
+        The folder of a run that has ended.
+    rounds
+        How often each network is timed; more rounds steady the figures.
+    batch
+        Batch sizes to time, with commas between them.
+    rivals
+        Also torch.compile and ONNX Runtime (extra 'export').
+    """
+    from .export.proof import prove
+
+    try:
+        batches = tuple(int(part) for part in batch.split(","))
+    except ValueError:
+        raise RunError(
+            f"Invalid --batch {batch}: expected whole numbers with commas between them, as in 1,64."
+        ) from None
+    done = trained(run)
+    end, recipe = finished(run) or {}, done.recipe
+    twin, notes = None, []
+    if (run / "dense").is_dir():
+        if (last := finished(run / "dense")) is None:
+            notes.append(f"the dense twin has not been trained to its end: torch-bregman train --resume {run}")
+        else:
+            twin = trained(run / "dense", done.data)
+    if recipe.precision != "32":
+        notes.append(f"trained in {recipe.precision}, measured here in float32")
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+
+    measure = "test_accuracy" if "test_accuracy" in end else "test_loss"
+    noise_scale = recipe.noise / torch.tensor(done.data.std).view(-1, *[1] * (len(done.data.shape) - 1))
+    task = getattr(done.model, "task", "classify")
+
+    def score(model: nn.Module) -> float:
+        scores = evaluate(model, done.data.test, task, noise_scale, nullcontext, {})
+        return scores[measure.replace("test_", "val_")]
+
+    # What was measured when the runs ended stands; what was made of the network since is measured now.
+    known: dict[str, Any] = {"sparse": end.get(measure), "shrunk": score, "optimized": score}
+    if twin is not None and last is not None:
+        known["dense"] = last.get(measure)
+    console = Console()
+    with console.status("", refresh_per_second=REFRESH) as status:
+        proof = prove(
+            twin.model if twin is not None else None, done.model, done.inputs, accuracy=known,
+            measure=measure.replace("_", " "), rounds=rounds, batches=batches, rivals=rivals, progress=status.update,
+        )  # fmt: skip
+    proof = replace(proof, notes=(*proof.notes, *notes))
+    path = run / "proof.json"
+    with writing(path):
+        proof.write(path)
+    report_path = write_report(run)
+    console.print(proof)
+    print(f"{path}\n{report_path}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The network of a run that has ended, with the weights that were kept, in eval mode on the CPU."""
+
+    recipe: Recipe
+    data: Dataset
+    model: nn.Module
+    weights: Path
+
+    @property
+    def inputs(self) -> Tensor:
+        """Samples of the validation data."""
+        return self.data.validation.x[:SAMPLES]
+
+
+def trained(run: Path, data: Dataset | None = None) -> Trained:
+    """Load what a run has made; RunError where there is nothing, or where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    recipe = read_recipe(run)
+    if finished(run) is None:
+        raise RunError(f"The run {run} has not ended; go on with: torch-bregman train --resume {run}")
+    weights = next((path for name in ("best", "last") if (path := run / f"{name}.safetensors").is_file()), None)
+    if weights is None:
+        raise RunError(f"There are no weights in {run}: neither best.safetensors nor last.safetensors.")
+    if data is None:
+        root = run / "data-root"
+        data = load(recipe.dataset, Path(root.read_text()) if root.exists() else None, limit=recipe.limit)
+    model = build(recipe.model, data.shape, len(data.classes))
+    try:
+        tensors = load_file(weights)
+        missing, unknown = model.load_state_dict(tensors, strict=False)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"The weights {weights} are damaged: {error}") from None
+    except RuntimeError as error:
+        raise RunError(f"The weights {weights} do not fit the model {recipe.model}: {error}") from None
+    # Of tied tensors one is in the file.
+    state = model.state_dict()
+    there = {state[name].data_ptr() for name in tensors if name in state}
+    missing = [name for name in missing if state[name].numel() and state[name].data_ptr() not in there]
+    if missing or unknown:
+        name = [*missing, *unknown][0]
+        raise RunError(f"The weights {weights} are not those of the model {recipe.model}: {name} is in one only.")
+    return Trained(recipe, data, model.eval(), weights)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """RunError where `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"Could not write {path}: {error.strerror or error}; what was there before is untouched."
+        ) from None
+
+
+def writable(path: Path) -> Path:
+    """`path`, or a RunError before the work that would be lost."""
+    if path.is_dir():
+        raise RunError(f"Cannot write {path}: it is a folder; --out names a file.")
+    if not path.parent.is_dir():
+        raise RunError(f"Cannot write {path}: there is no folder {path.parent}.")
+    if not os.access(path.parent, os.W_OK):
+        raise RunError(f"Cannot write {path}: the folder {path.parent} is read-only.")
+    return path
 
 
 def title(recipe: Recipe) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .cut_groups import without
 
 TOLERANCE = 1e-5  # of the largest output; in float64, so what is left is the rounding of folded constants
 SINGULAR = 1e-6  # of the largest singular value: what is smaller is zero
+ROOTS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)  # followed where another module calls them
 TRIALS = 2  # random inputs beside the example
 
 
@@ -145,6 +146,10 @@ def shrink(
         )
     if optimizer is not None:
         _check_optimizer(model, optimizer)
+    if isinstance(model, ROOTS) and len(inputs) == 1:
+        whole = shrink(nn.Sequential(model), inputs, optimizer)
+        rows = [replace(row, name=row.name.partition(".")[2]) for row in whole.report.rows]
+        return Shrunk(whole.model[0], whole.optimizer, replace(whole.report, rows=rows), whole.parts)  # type: ignore[index]
     scissors = _Scissors(model)
     scissors.units(inputs, training=optimizer is not None)
     scissors.heads(inputs)

@@ -79,6 +79,7 @@ def write_report(run: str | Path) -> Path:
     shown = [name for name in plots.shown_layers(record) or patterns if name in patterns]
     with plots.style():
         figures = _figures(record)
+        units = plots.units(record.proof.units) if record.proof is not None else []
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -96,6 +97,8 @@ def write_report(run: str | Path) -> Path:
         note=clean((record.end or {}).get("note") or "", 500),
         ended=record.end is not None,
         notes=[clean(note, 300) for note in record.notes],
+        proof=record.proof,
+        units=units,
     )
     path = record.path / "report.html"
     temporary = record.path / f".report.html.{os.getpid()}.tmp"

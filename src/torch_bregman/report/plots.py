@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+from torch_bregman.export.proof import Units
 from torch_bregman.report.extras import needs_train_extra
 from torch_bregman.report.records import Record, series
 from torch_bregman.report.words import clean, number, percent, short
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MAX_LAYERS", "accuracy", "density", "lam", "layers", "loss", "seconds", "shown_layers", "style", "work"]
+__all__ = ["MAX_LAYERS", "accuracy", "density", "lam", "layers", "loss", "seconds", "shown_layers", "style", "units",
+           "work"]  # fmt: skip
 
 # Blue and vermilion of Okabe & Ito: told apart with every common kind of colour blindness, and in grey.
 SPARSE, DENSE, INK, MUTED, GRID, CARD = "#0072b2", "#d55e00", "#1c2430", "#66707c", "#e2e6ea", "#fefefe"
@@ -181,6 +183,41 @@ def _rows(record: Record, curves: Sequence[tuple[str, list[float], list[float]]]
         axes.tick_params(labelbottom=index == len(curves))
         if index == len(curves):
             _epoch_name(axes)
+    return _svg(figure, name)
+
+
+def units(layers: Sequence[Units]) -> list[str]:
+    """Neurons or filters of every layer before and after shrinking: bars from zero on one scale.
+
+    One figure, or two to stand side by side where there are many layers; none if there is no layer.
+    """
+    shown = [layer for layer in layers if layer.before[0] > 0]
+    largest = sorted(shown, key=lambda layer: -layer.before[0])[:MAX_LAYERS]
+    shown = [layer for layer in shown if layer in largest][:MAX_LAYERS]
+    if len(shown) <= ONE_COLUMN:
+        return [_bars(shown, shown, "units")] if shown else []
+    half = (len(shown) + 1) // 2
+    return [_bars(shown[:half], shown, "units"), _bars(shown[half:], shown, "units-more")]
+
+
+def _bars(layers: Sequence[Units], scale: Sequence[Units], name: str) -> str:
+    gap, band, left = 18.0, 16.0, 2.0  # a row: its name, then its bar
+    pitch = gap + band + 8
+    height = len(layers) * pitch + 4
+    figure = _canvas(height)
+    axes = figure.add_axes((left / WIDTH, 0, (WIDTH - left - RIGHT) / WIDTH, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, max(layer.before[0] for layer in scale))
+    axes.set_ylim(height, 0)
+    for index, layer in enumerate(layers):
+        top = index * pitch + gap
+        axes.barh(top, layer.before[0], band, align="edge", color=DENSE, alpha=0.3, lw=0)
+        axes.barh(top, layer.after[0], band, align="edge", color=SPARSE, lw=0)
+        axes.annotate(clean(layer.layer, 48), (0, top - 5), color=INK, size=11.5, parse_math=False)
+        axes.annotate(
+            f"{layer.after[0]:,} of {layer.before[0]:,}", (1, top + band / 2), (9, 0), ("axes fraction", "data"),
+            "offset points", va="center", color=SPARSE, size=11.5, weight="bold", parse_math=False,
+        )  # fmt: skip
     return _svg(figure, name)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torch_bregman.export.proof import Proof
 from torch_bregman.report.words import near, number
 
 __all__ = ["Record", "read_patterns", "read_run", "series"]
@@ -31,6 +32,7 @@ class Record:
     marks: list[tuple[float, str]] = field(default_factory=list)  # (epoch, event) of "resume", "interrupted", ...
     notes: list[str] = field(default_factory=list)  # what could not be read
     twin: "Record | None" = None
+    proof: Proof | None = None
 
     @property
     def last(self) -> Row:
@@ -114,6 +116,7 @@ def read_run(run: str | Path) -> Record:
         record.notes += [f"dense twin: {note}" for note in record.twin.notes]
         if not record.twin.epochs and record.twin.end is None:
             record.twin = None
+    _read_proof(record)
     return record
 
 
@@ -154,6 +157,16 @@ def _read_metrics(record: Record) -> None:
     record.epochs = [epochs[at] for at in sorted(epochs)]
     if unread:
         record.notes.append(f"{unread} line{'s' * (unread > 1)} of metrics.jsonl cut off or unreadable, left out")
+
+
+def _read_proof(record: Record) -> None:
+    """What `torch-bregman bench` has measured, if it was called."""
+    try:
+        record.proof = Proof.read(record.path / "proof.json")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        record.notes.append(f"proof.json could not be read ({error})")
 
 
 def read_patterns(record: Record) -> dict[str, dict[str, NDArray[np.uint8]]]:

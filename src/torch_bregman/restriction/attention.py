@@ -28,11 +28,13 @@ class Attention(nn.Module):
         bias: bool = True, dropout: float = 0.0, batch_first: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.heads, self.dropout, self.batch_first = heads, dropout, batch_first
+        self.width, self.heads, self.head_width = width, heads, head_width
+        self.key_width, self.value_width = key_width or width, value_width or width
+        self.bias, self.dropout, self.batch_first = bias, dropout, batch_first
         self.query = nn.Linear(width, heads * head_width, bias)
-        self.key = nn.Linear(key_width or width, heads * head_width, bias)
-        self.value = nn.Linear(value_width or width, heads * head_width, bias)
-        self.out = nn.Linear(heads * head_width, width)
+        self.key = nn.Linear(self.key_width, heads * head_width, bias)
+        self.value = nn.Linear(self.value_width, heads * head_width, bias)
+        self.out = nn.Linear(heads * head_width, width, bias)
         # What nn.TransformerEncoderLayer looks at before it takes a path of its own.
         self.in_proj_bias, self._qkv_same_embed_dim, self.num_heads = None, False, heads
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written to a temporary name, then renamed."""
+"""Checkpoints with a checksum, and files that could not be written as one sentence."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .. import files
+
 DIGEST = 32  # bytes of SHA-256 at the end of a checkpoint
 
 
@@ -19,22 +21,10 @@ class RunError(Exception):
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write `content` (or let it write) to PATH.tmp, flush it to the disk, and rename it to `path`.
-
-    Raises OSError, with the file at `path` untouched and the temporary one removed.
-    """
-    temporary = path.with_name(path.name + ".tmp")
+    """As `torch_bregman.files.write_atomically`; RunError where the file could not be written."""
     try:
-        with open(temporary, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        files.write_atomically(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(
             f"Could not write {path}: {error.strerror or error}; what was there before is untouched."
         ) from None

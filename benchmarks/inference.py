@@ -1,0 +1,171 @@
+"""Sparse inference beside the dense network in eager torch, torch.compile and onnxruntime.
+
+    python benchmarks/inference.py [--rounds 60] [--only mlp|convnet|resnet] [--data-root DIR]
+
+All with as many threads (--threads 2), in one process, in turn and in random order. Before its turn a network waits
+until the idle threads of the one before have gone to sleep (they spin for milliseconds, on the cores that it needs) and
+makes three calls that are not timed; the mean of the three that follow is one figure. Medians in µs; the ratio is
+that of the faster of torch.compile and onnxruntime on the dense network to ours, round by round: median [quartiles].
+"least" is the ratio of the shortest times: on a machine that others use it is the one that says most, for a thread of
+two that has to wait for its core makes every call of a network with two threads many times as long.
+
+Supports are random, of the density that is given. The last layer stays dense, and of the 25 weights of the ConvNet's
+first filters at least 20 % stay: so hardly a unit is dead, and nothing comes from leaving units out. The rivals run the
+same network with its zeros. Inputs: normal (nothing is zero) and MNIST digits between 0 and 1 (most pixels are zero,
+which our loops leave out at batch 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import platform
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torch_bregman.data import idx
+from torch_bregman.export.inference import optimize_for_inference
+from torch_bregman.models import convnet, mlp
+
+IMAGE = (1, 28, 28)
+DENSITIES = {"mlp": (0.1, 0.05, 0.02, 0.01), "convnet": (0.1, 0.03, 0.02, 0.01)}
+BATCHES = (1, 64)
+
+
+def network(kind: str, density: float) -> nn.Module:
+    torch.manual_seed(0)
+    net = mlp(IMAGE, 10, hidden=(1200, 900)) if kind == "mlp" else convnet(IMAGE, 10)
+    layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    for layer in layers[:-1]:
+        share = max(density, 0.2) if layer.weight[0].numel() <= 25 else density
+        layer.weight.data.mul_(torch.rand_like(layer.weight) < share)
+    return net.eval().requires_grad_(False)
+
+
+def inputs(batch: int, root: Path | None) -> dict[str, Tensor]:
+    found = {"normal": torch.randn(batch, *IMAGE, generator=torch.Generator().manual_seed(0))}
+    if root is not None:
+        images = idx.read("mnist", root, None).train[0][:batch]
+        found["mnist"] = torch.tensor(np.array(images), dtype=torch.float32).reshape(batch, *IMAGE) / 255
+    return found
+
+
+def exported(net: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
+    """The network in onnxruntime, for inputs of this shape."""
+    import onnxruntime
+
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (x,), dynamo=True, verbose=False).save(file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    name, value = session.get_inputs()[0].name, x.numpy()
+    return lambda: session.run(None, {name: value})[0]
+
+
+def paired(jobs: dict[str, Callable[[], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
+    """Microseconds of a call in every round."""
+    took: dict[str, list[float]] = {name: [] for name in jobs}
+    for round_ in range(rounds + warm):
+        for name in random.sample(list(jobs), len(jobs)):
+            time.sleep(0.01)
+            for _ in range(3):
+                jobs[name]()
+            start = time.perf_counter()
+            for _ in range(3):
+                jobs[name]()
+            if round_ >= warm:
+                took[name].append(1e6 * (time.perf_counter() - start) / 3)
+    return took
+
+
+def compare(label: str, net: nn.Module, x: Tensor, options: argparse.Namespace, *, show: bool = False) -> None:
+    """One line of the table."""
+    torch.compiler.reset()
+    ours = optimize_for_inference(net, (x,))
+    compiled = torch.compile(net)
+    session = exported(net, x, options.threads)
+    with torch.inference_mode():
+        wanted = net(x)
+        scale = wanted.abs().max().item()
+        gap = max((y - wanted).abs().max().item() for y in (ours(x), compiled(x), torch.from_numpy(session()))) / scale
+        assert gap < 1e-4, gap
+        jobs = {"ours": lambda: ours(x), "eager": lambda: net(x), "compile": lambda: compiled(x), "onnx": session}
+        took = paired(jobs, options.rounds)
+    middle = {name: statistics.median(times) for name, times in took.items()}
+    rival = min(("compile", "onnx"), key=middle.__getitem__)
+    low, ratio, high = statistics.quantiles([a / b for a, b in zip(took[rival], took["ours"], strict=True)], n=4)
+    least = min(min(took["compile"]), min(took["onnx"])) / min(took["ours"])
+    verdict = "" if min(ratio, least) > 1 else "; does not win"
+    chosen, quartiles = f"{ours.report.result}{verdict}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+    print(
+        f"{label:24}{middle['eager']:9.0f}{middle['compile']:9.0f}{middle['onnx']:9.0f}{middle['ours']:9.1f}"
+        f"{min(took['onnx']):11.0f}{min(took['ours']):11.1f}{quartiles:>24}{least:8.2f}   {chosen}",
+        flush=True,
+    )
+    if show:
+        print(str(ours.report), "\n")
+
+
+def table(kind: str, options: argparse.Namespace) -> None:
+    print(
+        f"\n{kind:24}{'eager':>9}{'compile':>9}{'onnx':>9}{'ours':>9}{'least onnx':>11}{'least ours':>11}"
+        f"{'rival/ours':>24}{'least':>8}   chosen"
+    )
+    for batch in BATCHES:
+        for density in DENSITIES[kind]:
+            net = network(kind, density)
+            for name, x in inputs(batch, options.data_root).items():
+                compare(f"batch {batch}, {density:.0%}, {name}", net, x, options)
+
+
+def resnet(options: argparse.Namespace) -> None:
+    """A ResNet-18 with a quarter of its filters, batch 16: not measured yet."""
+
+
+def machine() -> str:
+    model = "unknown processor"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {platform.machine()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=["mlp", "convnet", "resnet"])
+    parser.add_argument("--data-root", type=Path, help="holds mnist/; without it normal inputs alone")
+    options = parser.parse_args()
+    import onnxruntime
+
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)
+    random.seed(0)
+    print(
+        f"{machine()}, {options.threads} threads, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, "
+        f"{options.rounds} rounds"
+    )
+    for kind in ("mlp", "convnet"):
+        if options.only in (None, kind):
+            table(kind, options)
+    if options.only in (None, "resnet"):
+        resnet(options)
+
+
+if __name__ == "__main__":
+    main()
