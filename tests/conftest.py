@@ -11,6 +11,13 @@ import torch
 torch.set_num_threads(1)  # the tests are small, and threads would wait for each other
 
 
+@pytest.fixture(autouse=True)
+def subnormals():
+    """Training flushes them for the whole process; the next test starts without that."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder with the real data sets; skips where there is none."""

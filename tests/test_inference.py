@@ -130,6 +130,18 @@ def test_layouts_dtypes_and_gradients_that_a_chain_was_not_built_for(way: str) -
 
 
 @needs_numba
+@pytest.mark.parametrize("way", WAYS)
+def test_another_default_dtype(way: str) -> None:
+    net = sparse(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 8)), 0.2)
+    x = torch.randn(20, 40)
+    try:
+        torch.set_default_dtype(torch.float64)
+        agree(Chain(list(net), (40,), way)(x), net(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_numba
 def test_an_image_of_another_size() -> None:
     net = sparse(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), 0.3)
     chain = Chain(list(net), (3, 8, 8), "panels of 1")

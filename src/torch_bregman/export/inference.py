@@ -72,17 +72,10 @@ class InferenceReport:
     def __str__(self) -> str:
         head = ("layer", "weight", "density", "dense µs", "sparse µs", "chosen", "why")
         rows = [
-            (
-                c.name,
-                "×".join(map(str, c.shape)),
-                f"{c.density:.1%}",
-                _microseconds(c.dense),
-                _microseconds(c.sparse),
-                c.chosen,
-                c.why,
-            )
+            (c.name, "×".join(map(str, c.shape)), f"{c.density:.1%}", _microseconds(c.dense), _microseconds(c.sparse),
+             c.chosen, c.why)
             for c in self.layers
-        ]
+        ]  # fmt: skip
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         left = (True, True, False, False, False, True, True)
         lines = [
@@ -312,13 +305,13 @@ class Chain(nn.Module):
         _, result, pieces, alone = ready
         count = 1 if alone else torch.get_num_threads()
         need = self._size * count
-        x, y = x.contiguous(), torch.empty(result)
+        x, y = x.contiguous(), x.new_empty(result)
         try:
             room = self._spare.pop()
             if room.numel() < need:
-                room = torch.zeros(need)
+                room = x.new_zeros(need)
         except IndexError:
-            room = torch.zeros(need)  # zeros, for what lies around padded images is never written
+            room = x.new_zeros(need)  # zeros, for what lies around padded images is never written
         head = self._head(0, 0, count, pieces, result[0], x.data_ptr(), y.data_ptr(), room.data_ptr(), self._program)
         if count == 1:
             self._call(head)
@@ -362,7 +355,7 @@ class Chain(nn.Module):
             units, plane = layer.source[0], _whole(len(layer.weight), kernel.LANES)
             record = {"POSITIONS": units, "TARGET": size, **self._common(layer)}
             if layer.density > FULL:
-                values = torch.zeros(units, plane)
+                values = layer.weight.new_zeros(units, plane)
                 values[:, : len(layer.weight)] = layer.weight.t()
                 program += _record(**record, WINDOW=1, PLANE=plane, VALUE=self._address(values))
             else:
@@ -373,7 +366,7 @@ class Chain(nn.Module):
                 at = torch.arange(len(column)) + (start[:-1] - (count.cumsum(0) - count))[column]
                 rows = np.full(int(start[-1]), len(layer.weight), np.uint16)
                 rows[at.numpy()] = row.numpy()
-                values = torch.zeros(len(rows))
+                values = layer.weight.new_zeros(len(rows))
                 values[at] = layer.weight[row, column]
                 program += _record(
                     **record, START=self._address(start.int()), OFFSET=self._address(rows), VALUE=self._address(values)
@@ -666,7 +659,7 @@ class _Traced:
         return module
 
 
-class _Whole:
+class _Untraced:
     """A network that torch.fx cannot trace: its Linear and Conv2d one by one."""
 
     folded = 0
@@ -852,7 +845,7 @@ def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> Infere
     notes: list[str] = []
     networks: dict[str, nn.Module] = {"dense": dense}
     small = _compact(dense, inputs, notes)
-    plan: _Traced | _Whole
+    plan: _Traced | _Untraced
     try:
         plan = _Traced(small, inputs)
         if not _close(plan.module(*inputs), wanted):
@@ -860,7 +853,7 @@ def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> Infere
     except Exception as error:
         lines = str(error).splitlines() or [""]
         notes.append(f"torch.fx cannot trace the network ({lines[0]}): layers one by one, no BatchNorm folded.")
-        plan = _Whole(copy.deepcopy(small), inputs)
+        plan = _Untraced(copy.deepcopy(small), inputs)
     if plan.folded or small is not dense:
         networks["dense, simplified"] = plan.module
     if any(isinstance(m, nn.Conv2d) for m in plan.module.modules()):
