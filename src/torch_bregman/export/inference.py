@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import importlib
 import math
 import operator
 import random
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import kernels
 from ..kernels import threads
+from .shrink import compact
 
 TOLERANCE = 1e-5  # of the largest output
 MARGIN = 0.97  # a way is taken if it needs less than this share of the other's time: nearer is noise
@@ -844,17 +844,24 @@ def optimize_for_inference(model: nn.Module, example_inputs: tuple[Any, ...]) ->
 def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> InferenceModule:
     notes: list[str] = []
     networks: dict[str, nn.Module] = {"dense": dense}
-    small = _compact(dense, inputs, notes)
     plan: _Traced | _Untraced
+    before: nn.Module
     try:
-        plan = _Traced(small, inputs)
-        if not _close(plan.module(*inputs), wanted):
-            raise RuntimeError("the trace computes something else")
+        traced = plan = _Traced(dense, inputs)
+        folded, before = plan.folded, plan.module
+        small = _compact(before, inputs, notes)  # with the norms folded a dead unit has no shift of its own
+        if small is not before:
+            plan = _Traced(small, inputs)
+        for found in (traced, plan):
+            if not _close(found.module(*inputs), wanted):
+                raise RuntimeError("the trace computes something else")
     except Exception as error:
         lines = str(error).splitlines() or [""]
         notes.append(f"torch.fx cannot trace the network ({lines[0]}): layers one by one, no BatchNorm folded.")
+        folded, before = 0, dense
+        small = _compact(dense, inputs, notes)
         plan = _Untraced(copy.deepcopy(small), inputs)
-    if plan.folded or small is not dense:
+    if folded or small is not before:
         networks["dense, simplified"] = plan.module
     if any(isinstance(m, nn.Conv2d) for m in plan.module.modules()):
         channels_last: Any = {"memory_format": torch.channels_last}
@@ -894,10 +901,10 @@ def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> Infere
         notes.append("Nothing was faster than the dense network, so the result is the dense network.")
     chosen = plans.get(best, [False] * len(sites))
     choices = [_settled(choice, sparse) for choice, sparse in zip(choices, chosen, strict=True)]
-    if small is not dense and best != "dense":
+    if small is not before and best != "dense":
         notes.append(f"Units that do nothing removed: {_size(dense):,} parameters before, {_size(small):,} after.")
-    if plan.folded and best != "dense":
-        notes.append(f"BatchNorm folded into the layer before it: {plan.folded}.")
+    if folded and best != "dense":
+        notes.append(f"BatchNorm folded into the layer before it: {folded}.")
     chains = [m for m in networks[best].modules() if isinstance(m, Chain)]
     if ways := sorted({m.way if m.spread else f"{m.way} on one thread" for m in chains}):
         notes.append(f"Chains go through {' and '.join(ways)}.")
@@ -910,12 +917,9 @@ def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> Infere
 
 def _compact(model: nn.Module, inputs: tuple[Any, ...], notes: list[str]) -> nn.Module:
     """The network without the units that do nothing, if it has fewer weights that are not zero."""
+    tensors = all(isinstance(x, Tensor) for x in inputs)
     try:
-        shrink = importlib.import_module(".shrink", __package__).shrink
-    except ImportError:
-        return model
-    try:
-        small: nn.Module = shrink(model, inputs).model
+        small = compact(model, inputs) if tensors else model
     except (TypeError, ValueError, RuntimeError) as error:
         notes.append(f"Nothing was removed: {error}.")
         return model

@@ -184,16 +184,16 @@ def compact(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
 @fx.wrap
 def add_image(x: Tensor, image: Tensor) -> Tensor:
     """In place."""
-    if x.shape[1:] != image.shape:
+    if x.shape[1:] != image.shape[1:]:
         raise ValueError(
             f"A layer returns {tuple(x.shape[1:])} per sample; the network was made smaller for inputs that give "
-            f"{tuple(image.shape)}."
+            f"{tuple(image.shape[1:])}."
         )
     return x.add_(image)
 
 
 class AddImage(nn.Module):
-    """x + what removed channels contribute, [channels, *positions]."""
+    """x + what removed channels contribute, [1, channels, *positions]: memory formats reach tensors of four dimensions."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
@@ -411,7 +411,7 @@ class _Scissors:
             else:
                 module.out_channels, module.in_channels = oriented(module).shape[:2]
             if image is not None:
-                self._replace(call.name, nn.Sequential(module, AddImage(image)))
+                self._replace(call.name, nn.Sequential(module, AddImage(image[None])))
         elif at is None:
             return
         elif isinstance(module, nn.Embedding):
