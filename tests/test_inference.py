@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from torch_bregman import kernels
 from torch_bregman.export import inference
-from torch_bregman.export.inference import WAYS, Chain, InferenceModule, Unfit, optimize_for_inference
+from torch_bregman.export.chain import WAYS, Chain, Unfit
+from torch_bregman.export.inference import InferenceModule, optimize_for_inference
 from torch_bregman.models import convnet, mlp, resnet18
 
 needs_numba = pytest.mark.skipif(not kernels.available(), reason="needs numba")
@@ -190,7 +191,7 @@ def test_several_threads_at_once(way: str, threads: int) -> None:
 
 @needs_numba
 def test_other_threads_than_when_it_was_first_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "ALONE", 0)
+    monkeypatch.setattr("torch_bregman.export.chain.ALONE", 0)
     net = sparse(mlp(IMAGE, 10, (300, 200)), 0.1)
     chain, x = Chain(list(net), IMAGE, "panels of 1"), torch.randn(100, *IMAGE)
     before = torch.get_num_threads()

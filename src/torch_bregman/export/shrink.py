@@ -193,7 +193,7 @@ def add_image(x: Tensor, image: Tensor) -> Tensor:
 
 
 class AddImage(nn.Module):
-    """x + what removed channels contribute, [1, channels, *positions]: memory formats reach tensors of four dimensions."""
+    """x + what removed channels contribute, [1, channels, *positions]: memory formats reach four dimensions only."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """A whole chain of sparse layers in one call, so that Python is left out between them.
 
 Two ways through the same layers; `optimize_for_inference` takes the one that measured faster.
