@@ -3,7 +3,9 @@
 from .control import TargetDensity
 from .density import density, sparsity_report
 from .export.file import load_sparse, read_sparse, save_sparse
+from .export.formats import save_onnx, save_program
 from .export.inference import optimize_for_inference
+from .export.proof import prove
 from .export.shrink import shrink
 from .init import sparse_init_
 from .layers import param_groups
@@ -31,7 +33,10 @@ __all__ = [
     "load_sparse",
     "optimize_for_inference",
     "param_groups",
+    "prove",
     "read_sparse",
+    "save_onnx",
+    "save_program",
     "save_sparse",
     "shrink",
     "sparse_init_",
