@@ -99,14 +99,12 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, density: float, seed: int =
     """Random bits that are values of the dtype, zero where the mask says so."""
     rng = np.random.default_rng(seed)
     n = math.prod(shape)
+    mask = rng.random((n, 1)) < density
     if dtype == torch.bool:
-        values = torch.ones(n, dtype=torch.bool)
-    else:
-        each = torch.empty(0, dtype=dtype).element_size()
-        values = torch.from_numpy(rng.integers(0, 256, n * each, dtype=np.uint8))
-        values = values.view(dtype) if n else torch.zeros(0, dtype=dtype)
-    mask = torch.from_numpy(rng.random(n) < density)
-    return torch.where(mask, values, torch.zeros(n, dtype=dtype)).reshape(shape)
+        return torch.from_numpy(mask).reshape(shape)
+    each = torch.empty(0, dtype=dtype).element_size()
+    values = rng.integers(0, 256, (n, each), dtype=np.uint8) * mask
+    return torch.from_numpy(values.reshape(-1)).view(dtype).reshape(shape) if n else torch.zeros(shape, dtype=dtype)
 
 
 @pytest.fixture
