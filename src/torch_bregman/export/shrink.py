@@ -216,8 +216,8 @@ class _Scissors:
         self.code: fx.Graph | None = None  # instead of the original's, where that has to change
         self.parts: dict[nn.Parameter, list[Slice]] = {}  # of the original's parameters
         self.layers: dict[str, dict[str, Any]] = {}  # what is known for the rows of the report
-        twins = zip(model.named_modules(remove_duplicate=False), self.model.modules(), strict=False)
-        self.twins = {name: (old, self.model.get_submodule(name)) for (name, old), _ in twins}
+        # Every module of the original, and the one of the copy that is cut.
+        self.twins = {name: (old, self.model.get_submodule(name)) for name, old in model.named_modules()}
         kinds = (*LAYERS, nn.Embedding, nn.MultiheadAttention)
         for name, module in self.model.named_modules():
             if type(module) in kinds:
