@@ -734,3 +734,16 @@ def test_constants_that_differ_in_training_stay() -> None:
     assert without.model[0].out_features == 3
     assert with_state.model[0].out_features == 6
     assert "training" in with_state.report.rows[0].reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["resnet18", "unet", "encoder", "attends"])
+def test_on_a_gpu(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = lived(NETWORKS[name][0]()).cuda(), example(name).cuda()
+    kill(model, 0.7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for small in (tb.shrink(model, (x,)), tb.shrink(model, (x,), optimizer)):
+        assert small.report.parameters[1] < small.report.parameters[0]
+        assert all(p.is_cuda for p in small.model.parameters())
+        assert difference(model, small.model, x) < 1e-5

@@ -31,9 +31,20 @@ from ..models import build
 from ..multilevel import Multilevel
 from ..report import weight_pattern
 from ..report.words import near
+from ..rivals import Lasso
 from .display import Display
 from .files import RunError, latest_checkpoint, save_checkpoint, write_atomically
-from .recipe import DENSE, Recipe, linear_and_conv_groups, make_control, make_levels, make_optimizer, make_schedule
+from .recipe import (
+    DENSE,
+    RIVALS,
+    Recipe,
+    linear_and_conv_groups,
+    make_control,
+    make_levels,
+    make_optimizer,
+    make_rival,
+    make_schedule,
+)
 
 SAVE_EVERY = 5.0  # seconds between checkpoints, or more:
 SAVE_SHARE = 0.05  # they take no more than this share of the time, however large the network
@@ -68,7 +79,7 @@ def fit(
     torch.manual_seed(recipe.seed)
     model = build(recipe.model, data.shape, len(data.classes))
     task = getattr(model, "task", "classify")
-    if recipe.optimizer not in (*DENSE, "proxsgd"):
+    if recipe.optimizer not in (*DENSE, *RIVALS, "proxsgd"):
         start_sparse(recipe, model)
     model.to(device)
     layout: dict[str, Any] = {}
@@ -81,6 +92,7 @@ def fit(
     control = make_control(recipe, optimizer, model, total_steps)
     schedule = make_schedule(recipe, optimizer, total_steps)
     levels = make_levels(recipe, optimizer, model)
+    rival = make_rival(recipe, optimizer, model, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     mixed: Callable[[], Any] = nullcontext
     if recipe.precision != "32":
@@ -110,6 +122,7 @@ def fit(
             "seconds": spent + time.perf_counter() - began,
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
             "control": control.state_dict() if control else {}, "levels": levels.state_dict() if levels else {},
+            "rival": rival.state_dict() if rival else {},
             "scaler": scaler.state_dict(),
             "order": order_at_start, "noise": noise.get_state(), "random": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -130,6 +143,8 @@ def fit(
                 control.load_state_dict(saved["control"])
             if levels:
                 levels.load_state_dict(saved["levels"])
+            if rival:
+                rival.load_state_dict(saved["rival"])
             scaler.load_state_dict(saved["scaler"])
             first_epoch, done, spent = saved["epoch"], saved["batch"], saved["seconds"]
             rows, best = saved["rows"], saved["best"]
@@ -176,13 +191,16 @@ def fit(
                     optimizer.zero_grad()
                     with mixed():
                         loss = loss_of(x, y)
-                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                    whole = loss + rival.penalty() if isinstance(rival, Lasso) else loss
+                    scaler.scale(whole).backward()  # type: ignore[no-untyped-call]
                     scaler.step(optimizer)
                     scaler.update()
                     if control:
                         control.step()
                     if levels:
                         levels.step()
+                    if rival:
+                        rival.step()
                     if recipe.schedule != "plateau":
                         schedule.step()
                     losses[i] = loss.detach()

@@ -19,12 +19,17 @@ from ..multilevel import Multilevel
 from ..optim import AdaBreg, BregmanOptimizer, LinBreg, ProxSGD
 from ..optim.base import check_number
 from ..regularizers import GROUPS, L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
+from ..rivals import SET, GradualMagnitudePruning, Lasso, RigL, Rival
 from .files import write_atomically
 
 #: optimizer → its default lr
-OPTIMIZERS = {"adabreg": 2e-2, "linbreg": 5e-1, "proxsgd": 1e-1, "adam": 1e-3, "sgd": 1e-1}
+OPTIMIZERS = {
+    "adabreg": 2e-2, "linbreg": 5e-1, "proxsgd": 1e-1, "adam": 1e-3, "sgd": 1e-1,
+    "gmp": 1e-3, "set": 1e-3, "rigl": 1e-3, "lasso": 1e-3,
+}  # fmt: skip
 AUGMENT = {"mnist": "shift", "fashion-mnist": "shift", "cifar10": "crop-flip"}
 DENSE = ("adam", "sgd")
+RIVALS = ("gmp", "set", "rigl", "lasso")  # Adam, with a rival of `rivals` that makes the network sparse
 REGULARIZERS = ("l1", "nonnegative-l1", "group-l1", "sparse-group-l1", "nuclear")
 SCHEDULES = ("cosine", "constant", "plateau")
 PRECISIONS = ("32", "bf16", "fp16")
@@ -48,10 +53,11 @@ class Recipe:
     """A fixed λ instead of a density; with --density, the λ to start from."""
 
     optimizer: str = "adabreg"
-    """adabreg, linbreg, proxsgd; or a dense adam, sgd."""
+    """adabreg, linbreg, proxsgd; a dense adam, sgd; or Adam with a rival: gmp (gradual magnitude pruning), set, rigl,
+    lasso (with a cut at the end)."""
 
     lr: float = None  # type: ignore[assignment]  # filled, as are the next ones
-    """Step size τ. [adabreg 0.02, linbreg 0.5, proxsgd 0.1, adam 0.001, sgd 0.1]"""
+    """Step size τ. [adabreg 0.02, linbreg 0.5, proxsgd 0.1, adam and the rivals 0.001, sgd 0.1]"""
 
     momentum: float = 0.0
     """For linbreg, proxsgd and sgd, by the rule of torch.optim.SGD."""
@@ -139,6 +145,8 @@ class Recipe:
             own["density"] = 0.05
         if self.lam is None and self.optimizer == "proxsgd":
             own["lam"] = 1e-3  # without a dual there is nothing to find it from
+        if self.lam is None and self.optimizer == "lasso":
+            own["lam"] = 1e-4
         if self.lr is None:
             own["lr"] = OPTIMIZERS[self.optimizer]
         if self.eps is None:
@@ -165,7 +173,9 @@ class Recipe:
                 raise ValueError(f"Invalid `density`: {self.density}; {self.optimizer} trains dense, use adabreg.")
             if self.regularizer == "nuclear":
                 raise ValueError("Invalid `density`: the nuclear norm makes low rank, not zeros; give `lam` instead.")
-        if self.multilevel and self.optimizer in (*DENSE, "proxsgd"):
+        if self.optimizer in RIVALS:
+            self._check_rival()
+        if self.multilevel and self.optimizer in (*DENSE, *RIVALS, "proxsgd"):
             raise ValueError(f"Invalid `multilevel`: True; {self.optimizer} has no dual, use adabreg or linbreg.")
         check_density(self.initial_density, name="initial_density", one_allowed=True)
         for name, low in (("coarse_steps", 0), ("fine_steps", 1)):
@@ -188,6 +198,16 @@ class Recipe:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"Invalid `{name}`: {value!r}; expected a whole number of at least 1.")
         return self
+
+    def _check_rival(self) -> None:
+        if self.density is None:
+            raise ValueError(f"Invalid `density`: None; {self.optimizer} has no other way to say how sparse it gets.")
+        if self.lam is not None and self.optimizer != "lasso":
+            raise ValueError(f"Invalid `lam`: {self.lam!r}; {self.optimizer} has no λ, give `density` alone.")
+        if self.regularizer != "l1":
+            raise ValueError(
+                f"Invalid `regularizer`: {self.regularizer!r}; {self.optimizer} leaves single weights, use adabreg."
+            )
 
     def twin(self) -> Recipe:
         """The dense twin: the same network and data, trained with Adam."""
@@ -240,7 +260,7 @@ def linear_and_conv_groups(recipe: Recipe) -> tuple[str | None, str | None]:
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the recipe names, on the weights of `model`."""
     lr = recipe.lr if recipe.lr is not None else OPTIMIZERS[recipe.optimizer]
-    if recipe.optimizer == "adam":
+    if recipe.optimizer == "adam" or recipe.optimizer in RIVALS:
         return torch.optim.Adam(model.parameters(), lr, eps=recipe.eps, weight_decay=recipe.weight_decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
@@ -269,6 +289,19 @@ def make_control(
     if recipe.density is None or not isinstance(optimizer, BregmanOptimizer):
         return None
     return TargetDensity(optimizer, recipe.density, recipe.control, total_steps, model=model)
+
+
+def make_rival(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int) -> Rival | None:
+    """What makes the network sparse where the optimizer does not, after every step of it."""
+    if recipe.optimizer not in RIVALS or recipe.density is None:
+        return None
+    if recipe.optimizer == "gmp":
+        return GradualMagnitudePruning(model, recipe.density, total_steps)
+    if recipe.optimizer == "lasso":
+        return Lasso(model, recipe.density, total_steps, lam=recipe.lam or 0.0)
+    kind = SET if recipe.optimizer == "set" else RigL
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return kind(model, recipe.density, total_steps, optimizer, generator=generator)
 
 
 def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
