@@ -146,7 +146,7 @@ class Recipe:
         if self.lam is None and self.optimizer == "proxsgd":
             own["lam"] = 1e-3  # without a dual there is nothing to find it from
         if self.lam is None and self.optimizer == "lasso":
-            own["lam"] = 1e-4
+            own["lam"] = 1e-3
         if self.lr is None:
             own["lr"] = OPTIMIZERS[self.optimizer]
         if self.eps is None:
