@@ -15,6 +15,7 @@ try:
     import cyclopts
     from cyclopts import App, Parameter
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 except ImportError:
     sys.exit("The command line needs its extra: pip install 'torch-bregman[train]'.")
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from .choices import choose
 from .data import DataError, Dataset, load
 from .models import build
 from .report import terminal_summary, write_report
@@ -297,6 +299,97 @@ def bench(
     report_path = write_report(run)
     console.print(proof)
     print(f"{path}\n{report_path}")
+
+
+@app.command
+def reproduce(
+    name: str | None = None,
+    /,
+    *,
+    all: bool = False,
+    seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="")] = (0, 1, 2),
+    quick: bool = False,
+    plots: bool = False,
+    page: bool = False,
+    data_root: Path | None = None,
+    out: Annotated[Path | None, Parameter(alias="-o")] = None,
+    recipes: Path | None = None,
+) -> None:
+    """Run a table or figure of the papers again, and show the published figures beside ours.
+
+    Without NAME: what there is, published and ours. Each NAME is a recipe file in experiments/recipes of the clone;
+    the command runs its rows over the seeds, writes experiments/results/NAME.json and docs/results.md anew.
+    Interrupted, the same command goes on: runs that have ended are kept in OUT/.reproduce until all have.
+
+    * `torch-bregman reproduce` - the list.
+    * `torch-bregman reproduce mnist-mlp --quick` - whether it works here, in a minute or two; its figures mean nothing.
+    * `torch-bregman reproduce mnist-mlp --data-root DIR --plots` - the real thing, with a PNG.
+
+    Parameters
+    ----------
+    name
+        The table or figure.
+    all
+        Every one; those that need a device this machine lacks are passed over.
+    seeds
+        One run per row and seed.
+    quick
+        Few samples, one epoch, the first seed. Written only where --out says, and never over real results.
+    plots
+        Also a PNG per table beside docs/results.md: accuracy and density over the epochs.
+    page
+        Run nothing: only write docs/results.md anew from the result files.
+    data_root
+        A folder that already holds the data sets, one folder each, instead of downloading them.
+    out
+        The folder of the result files. [experiments/results of the clone]
+    recipes
+        The folder of the recipe files. [experiments/recipes of the clone]
+    """
+    from . import reproduce as tables
+
+    recipes = tables.find_recipes(recipes)
+    experiments = tables.read_experiments(recipes)
+    results = out or (None if quick else recipes.parent / "results")
+    if sum((name is not None, all, page)) > 1:
+        raise RunError("NAME, --all and --page exclude each other.")
+    if name is not None:
+        choose("name", name, experiments)
+    console = Console(highlight=False)
+    if name is None and not all and not page:
+        folder = results or recipes.parent / "results"
+        found = tables.read_results(folder) if folder.is_dir() else {}
+        console.print(listing(tables.overview(experiments, found)))
+        return
+    if quick:
+        console.print(tables.QUICK_WARNING, style="bold red", soft_wrap=True)
+    command = f"torch-bregman reproduce {{}} --seeds {' '.join(map(str, seeds))}" + " --quick" * quick
+    for chosen in [] if page else [name] if name is not None else experiments:
+        experiment = experiments[chosen]
+        if all and not quick and (device := experiment.missing_device()) is not None:
+            print(f"{chosen} is passed over: it needs a device {device!r}, which this machine does not have.")
+            continue
+        try:
+            tables.reproduce(
+                experiment, results, seeds=seeds, quick=quick, data_root=data_root,
+                command=command.format(chosen) + " --data-root DIR" * (data_root is not None),
+                say=lambda text: print(text, flush=True),
+            )  # fmt: skip
+        except Stopped as stopped:
+            print(stopped)
+            sys.exit(130)
+    if quick:
+        console.print(tables.QUICK_WARNING, style="bold red", soft_wrap=True)
+    if results is not None:
+        print(tables.write_page(tables.page_folder(recipes, results), experiments, results, plots=plots))
+
+
+def listing(rows: list[list[str]]) -> Table:
+    """What can be reproduced, as a table of the terminal."""
+    table = Table("name", "task", "published", "ours", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 @dataclass(frozen=True)

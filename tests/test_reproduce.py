@@ -1,0 +1,430 @@
+"""The published tables beside ours: recipe files, runs that are interrupted, result files and their page."""
+
+import json
+import shutil
+import signal
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_bregman import reproduce as tables
+from torch_bregman.cli import main
+from torch_bregman.reproduce import read_experiment, read_experiments
+from torch_bregman.train.files import RunError
+from torch_bregman.train.loop import Stopped
+from torch_bregman.train.recipe import Recipe
+
+CLONE = Path(__file__).parents[1]
+HEAD = 'title = "Tiny"\ntask = "MLP on digits"\nsource = "Nobody, 2022"\n'
+TINY = (
+    HEAD
+    + """
+[shared]
+dataset = "digits"
+epochs = 2
+limit = 200
+
+[quick]
+epochs = 1
+limit = 60
+
+[[rows]]
+method = "dense | Adam"
+optimizer = "adam"
+published = { accuracy = 0.98, density = 1.0 }
+
+[[rows]]
+method = "sparse"
+density = 0.1
+published = { accuracy = 0.97, density = 0.11, note = "validation" }
+
+[[rows]]
+method = "from the future"
+optimizer = "sgdd"
+density = 0.1
+published = { accuracy = 0.5, density = 0.9 }
+"""
+)
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A folder laid out as a clone, with one recipe."""
+    (tmp_path / "experiments" / "recipes").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "experiments" / "recipes" / "tiny.toml").write_text(TINY)
+    return tmp_path
+
+
+def recipe_of(clone: Path) -> Path:
+    return clone / "experiments" / "recipes" / "tiny.toml"
+
+
+def works(*arguments) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["reproduce", *map(str, arguments)])
+    assert ended.value.code == 0
+
+
+def fails(capsys, *arguments) -> str:
+    """The one sentence of a command that fails with exit code 1."""
+    with pytest.raises(SystemExit) as ended:
+        main(["reproduce", *map(str, arguments)])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("Error: ")
+    assert said.count("\n") == 0
+    return said
+
+
+def part(accuracy: float, density: float = 0.1, **end) -> dict:
+    """What a run leaves behind."""
+    row = {"asked_density": 0.1, "density": density, "weights": 1000, "test_accuracy": accuracy, "test_loss": 1.0}
+    return {
+        "end": {**row, "val_accuracy": accuracy, "val_loss": 0.5, "seconds": 3.0, **end}, "memory": 2**20 * 300,
+        "threads": 1, "dense_flops": 8e9, "curve": {"val_accuracy": [0.1, accuracy], "density": [0.01, density]},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Runs that end at once, counted; `fake.stop_at` is the one that Ctrl-C comes in."""
+
+    class Fake:
+        def __init__(self) -> None:
+            self.ran: list[str] = []
+            self.stop_at = 10**6
+
+        def __call__(self, runs, data_root):
+            for run in runs:
+                if len(self.ran) == self.stop_at:
+                    raise KeyboardInterrupt
+                self.ran.append(run.name.rpartition("-")[0])
+                seed = Recipe.read(run / "recipe.toml").seed
+                (run / "result.json").write_text(json.dumps(part(0.9 + seed / 100)))
+
+    fake = Fake()
+    monkeypatch.setattr(tables, "_run_in_process", fake)
+    return fake
+
+
+# ---------------------------------------------------------------------- a whole reproduction
+
+
+def test_a_table_from_the_command_line(clone, command):
+    done = command("reproduce", "tiny", "--seeds", 3, "--recipes", recipe_of(clone).parent, "--plots")
+    assert done.returncode == 0, done.stderr
+    assert "skipped: from the future" in done.stdout
+    assert "published 97.00 % at 11.00 % (validation)" in done.stdout
+    assert "of 29,600 weights" in done.stdout
+    content = json.loads((clone / "experiments" / "results" / "tiny.json").read_text())
+    assert content["seeds"] == [3]
+    assert content["command"] == "torch-bregman reproduce tiny --seeds 3"
+    assert content["environment"]["torch"] == torch.__version__
+    assert content["environment"]["threads"] == [1]
+    assert content["skipped"] == ["from the future"]
+    dense, sparse = content["rows"]
+    assert (dense["method"], dense["asked"], dense["kept"]) == ("dense | Adam", None, [1.0])
+    assert sparse["asked"] == 0.1
+    assert sparse["published"] == {"value": 0.97, "density": 0.11, "source": "Nobody, 2022", "note": "validation"}
+    for row in (dense, sparse):
+        # three products of two operations per weight, sample and epoch
+        assert row["dense_flops"] == row["flops"] == [6.0 * row["weights"] * 200 * 2]
+        assert 50e6 < row["peak_memory"][0] < 5e9
+        assert row["seconds"][0] > 0
+        assert len(row["curve"]["val_accuracy"]) == 3
+        assert 0 < row["test_accuracy_mean"] == row["test_accuracy"][0] <= 1
+    assert not (clone / "experiments" / "results" / ".reproduce" / "tiny").exists()
+    page = (clone / "docs" / "results.md").read_text()
+    assert r"| dense \| Adam | — | 100.00 % |" in page
+    assert "from the future" in page
+    assert "not yet run" in page
+    assert "![Tiny](results-tiny.png)" in page
+    assert 1000 < (clone / "docs" / "results-tiny.png").stat().st_size < 200_000
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    Recipe(dataset="digits", epochs=200, seed=1).check().write(run / "recipe.toml")
+    metrics = run / "metrics.jsonl"
+
+    def press_ctrl_c() -> None:
+        while not metrics.exists() or metrics.read_text().count("\n") < 5:
+            time.sleep(0.02)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=press_ctrl_c, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        tables._run_in_process([run], None)
+    assert (run / "checkpoint.pt").exists()
+    assert not (run / "result.json").exists()
+    before = metrics.read_text().splitlines()
+    assert 5 <= len(before) < 200
+    tables._run_in_process([run], None)
+    result = json.loads((run / "result.json").read_text())
+    assert len(result["curve"]["val_accuracy"]) == 201
+    assert "Resumed" in (run / "log.txt").read_text()
+    assert result["curve"]["val_accuracy"][: len(before)] == [json.loads(row)["val_accuracy"] for row in before]
+    assert {path.name for path in run.iterdir()} == {"recipe.toml", "log.txt", "result.json"}
+
+
+def test_an_interrupted_reproduction_runs_only_what_is_missing(clone, fake):
+    experiment, out = read_experiment(recipe_of(clone)), clone / "out"
+    said: list[str] = []
+    fake.stop_at = 3
+    with pytest.raises(Stopped, match="the same command goes on"):
+        tables.reproduce(experiment, out, seeds=(0, 1), say=said.append)
+    assert fake.ran == ["dense-adam-0", "dense-adam-1", "sparse-0"]
+    assert not (out / "tiny.json").exists()
+    assert (out / ".reproduce" / ".gitignore").read_text() == "*\n"
+
+    fake.ran, fake.stop_at = [], 10**6
+    content = tables.reproduce(experiment, out, seeds=(0, 1), say=said.append)
+    assert fake.ran == ["sparse-1"]
+    assert any("3 runs that had ended" in line for line in said)
+    assert content["rows"][1]["test_accuracy"] == [0.9, 0.91]
+    assert json.loads((out / "tiny.json").read_text()) == content
+    assert not (out / ".reproduce" / "tiny").exists()
+
+
+@pytest.mark.parametrize("change", ["option", "version", "data"])
+def test_runs_under_other_conditions_are_not_taken_over(clone, fake, change, monkeypatch):
+    experiment, out = read_experiment(recipe_of(clone)), clone / "out"
+    fake.stop_at = 1
+    with pytest.raises(Stopped):
+        tables.reproduce(experiment, out, seeds=(0,), say=lambda text: None)
+    fake.ran, fake.stop_at = [], 10**6
+    root = None
+    if change == "option":
+        recipe_of(clone).write_text(TINY.replace("epochs = 2", "epochs = 3"))
+        experiment = read_experiment(recipe_of(clone))
+    elif change == "version":
+        monkeypatch.setattr(tables, "__version__", "9.9")
+    else:
+        root = clone
+    tables.reproduce(experiment, out, seeds=(0,), data_root=root, say=lambda text: None)
+    assert fake.ran == ["dense-adam-0", "sparse-0"]
+
+
+def test_a_run_that_fails_is_named(clone, tmp_path):
+    experiment = read_experiment(recipe_of(clone))
+    bad = tables.replace(experiment, rows=(tables.Row("broken", {"dataset": str(tmp_path / "no.npz")}),))
+    with pytest.raises(RunError, match=r"row 'broken'.*no\.npz"):
+        tables.reproduce(bad, clone / "out", seeds=(0,), say=lambda text: None)
+
+
+def test_mean_and_std_are_those_of_the_sample():
+    values = [0.9, 0.92, 0.97]
+    row = tables.summarise(tables.Row("m", {}), "s", [part(value, 0.1 + value / 1e3) for value in values])
+    assert row["test_accuracy_mean"] == pytest.approx(sum(values) / 3)
+    assert row["test_accuracy_std"] == pytest.approx(statistics.stdev(values))
+    assert row["published"] is None
+    assert tables.spread(row, "test_accuracy") == "93.00 ± 3.61 %"
+    assert tables.describe({**row, "flops": [2e9] * 3}).count("2.00e+09 (25%)") == 1
+    assert "±" not in tables.describe(tables.summarise(tables.Row("m", {}), "s", [part(0.9)]))
+
+
+def test_a_run_that_was_never_on_target_has_no_validation_score():
+    off = part(0.8)
+    del off["end"]["val_accuracy"], off["end"]["val_loss"]
+    row = tables.summarise(tables.Row("m", {}), "s", [part(0.9), off])
+    assert row["test_accuracy"] == [0.9, 0.8]
+    assert "val_accuracy" not in row
+
+
+# ---------------------------------------------------------------------- --quick
+
+
+def test_quick_runs_every_row_and_says_that_it_means_nothing(clone, capsys):
+    works("tiny", "--quick", "--recipes", str(recipe_of(clone).parent), "--out", str(clone / "quick"))
+    said = capsys.readouterr().out
+    assert said.count("mean nothing") == 2
+    content = json.loads((clone / "quick" / "tiny.json").read_text())
+    assert content["quick"] is True
+    assert content["seeds"] == [0]
+    assert [row["dense_flops"] for row in content["rows"]] == [[6.0 * row["weights"] * 60] for row in content["rows"]]
+    assert "mean nothing" in (clone / "quick" / "results.md").read_text()
+    assert not (clone / "experiments" / "results").exists()
+    assert list((clone / "docs").iterdir()) == []
+
+
+def test_quick_never_overwrites_results(clone, fake, capsys):
+    results = CLONE / "experiments" / "results"
+    before = {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
+    assert "--quick does not write" in fails(capsys, "mnist-mlp", "--quick", "--out", results)
+    assert {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()} == before
+
+    experiment, out = read_experiment(recipe_of(clone)), clone / "experiments" / "results"
+    real = tables.reproduce(experiment, out, seeds=(0,), say=lambda text: None)
+    arguments = ["tiny", "--recipes", recipe_of(clone).parent]
+    assert "tiny.json there is a real result" in fails(capsys, *arguments, "--quick", "--out", out)
+    assert json.loads((out / "tiny.json").read_text()) == real
+    fake.ran = []
+    works(*arguments, "--quick")  # without --out nothing is written
+    assert fake.ran == ["dense-adam-0", "sparse-0"]
+    assert json.loads((out / "tiny.json").read_text()) == real
+    assert not (clone / "docs" / "results.md").exists()
+
+
+# ---------------------------------------------------------------------- recipe files and names
+
+
+def test_the_recipes_of_the_clone_are_good():
+    found = read_experiments(tables.find_recipes(None))
+    assert {"mnist-mlp", "fashion-convnet-l1", "fashion-convnet-groups", "sparse-init", "cifar-resnet18"} <= set(found)
+    for experiment in found.values():
+        assert [row.method for row in experiment.rows if row.unknown] == []
+    assert all(row.options["device"] == "cuda" for row in found["cifar-resnet18"].rows)
+    options = {row.method: row.options for row in found["mnist-mlp"].rows}
+    assert options["LinBreg, λ 1e-2"]["lr"] == 0.1  # as published
+    momentum = options["LinBreg with momentum, λ 1e-1"]
+    assert momentum["lr"] == pytest.approx(0.1 * (1 - momentum["momentum"]))
+
+
+def test_an_unknown_name_suggests_the_nearest(clone, capsys):
+    assert "did you mean 'tiny'?" in fails(capsys, "tinny", "--recipes", recipe_of(clone).parent)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("title =", "title ==", "Cannot read the recipe"),
+        ("title =", "titel =", "did you mean 'title'?"),
+        ('source = "Nobody, 2022"', "", "Invalid `source`"),
+        ("density = 0.1\npublished = { accuracy = 0.97", "densty = 0.1\npublished = { accuracy = 0.97", "'density'?"),
+        ("density = 0.1\npublished = { accuracy = 0.97", "density = 5\npublished = { accuracy = 0.97", "for 5 % write"),
+        ("limit = 200", "seed = 1", "'seed'"),
+        ("limit = 200", 'limit = "all"', "Invalid `limit`"),
+        ("limit = 200", "model = 3", "Invalid `model`: 3"),
+        ("limit = 60", "limti = 60", "did you mean 'limit'?"),
+        ("accuracy = 0.97", "accuracy = 97", "Invalid `published.accuracy`: 97"),
+        ("accuracy = 0.97", "acuracy = 0.97", "did you mean 'accuracy'?"),
+        ('method = "sparse"', 'method = "dense | Adam"', "that no other row has"),
+        ('method = "sparse"', "", "Invalid `method`"),
+        ('source = "N', 'kind = "table"\nsource = "N', "Invalid `kind`"),
+    ],
+)
+def test_a_bad_recipe_is_one_sentence_with_its_file(clone, capsys, old, new, expected):
+    assert old in TINY
+    recipe_of(clone).write_text(TINY.replace(old, new, 1))
+    said = fails(capsys, "tiny", "--recipes", recipe_of(clone).parent)
+    assert expected in said
+    assert "tiny.toml" in said
+
+
+def test_a_recipe_without_rows_and_a_folder_without_recipes(clone, capsys, tmp_path, monkeypatch):
+    recipe_of(clone).write_text(HEAD)
+    assert "no [[rows]]" in fails(capsys, "tiny", "--recipes", recipe_of(clone).parent)
+    recipe_of(clone).unlink()
+    assert "no recipe files" in fails(capsys, "--recipes", recipe_of(clone).parent)
+    assert "There is no folder" in fails(capsys, "--recipes", tmp_path / "nowhere")
+    monkeypatch.setattr(tables, "__file__", str(tmp_path / "env" / "lib" / "torch_bregman" / "reproduce.py"))
+    assert "--recipes" in fails(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["tiny", "--all"], "exclude each other"),
+        (["tiny", "--seeds", "1", "1"], "Invalid `seeds`"),
+        (["tiny", "--seeds", "-1"], "Invalid `seeds`"),
+    ],
+)
+def test_arguments_that_make_no_sense(clone, capsys, arguments, expected):
+    assert expected in fails(capsys, *arguments, "--recipes", recipe_of(clone).parent)
+
+
+def test_without_a_gpu_its_tables_are_passed_over(clone, fake, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    other = TINY.replace("epochs = 2", 'device = "cuda"\nepochs = 2').replace(
+        "epochs = 1", 'device = "cpu"\nepochs = 1'
+    )
+    (recipe_of(clone).parent / "big.toml").write_text(other)
+    folder = str(recipe_of(clone).parent)
+    assert "it needs a device 'cuda'" in fails(capsys, "big", "--recipes", folder)
+    works("--all", "--seeds", "0", "--recipes", folder)
+    assert "big is passed over" in capsys.readouterr().out
+    assert fake.ran == ["dense-adam-0", "sparse-0"]
+    page = (clone / "docs" / "results.md").read_text()
+    assert "Not yet run: it needs a device cuda." in page.partition("## tiny")[0]
+    fake.ran = []
+    works("big", "--quick", "--recipes", folder)
+    assert fake.ran == ["dense-adam-0", "sparse-0"]
+
+
+# ---------------------------------------------------------------------- the list and the page
+
+
+def test_the_list_shows_published_and_ours(clone, fake, capsys):
+    folder = str(recipe_of(clone).parent)
+    works("--recipes", folder)
+    before = " ".join(capsys.readouterr().out.split())
+    assert "not yet run" in before
+    tables.reproduce(read_experiment(recipe_of(clone)), clone / "experiments" / "results", say=lambda text: None)
+    experiments, results = read_experiments(Path(folder)), tables.read_results(clone / "experiments" / "results")
+    (line,) = tables.overview(experiments, results)
+    assert line == ["tiny", "MLP on digits", "sparse: 97.00 % at 11.00 %", "91.00 ± 1.00 % at 10.00 %"]
+
+
+def test_the_page_is_made_of_the_result_files(clone, capsys):
+    """Those of the repository, older ones with fewer keys among them."""
+    names = ("digits", "lambda_moves", "multilevel-rule", "multilevel-mnist-mlp", "sparse-init")
+    results = clone / "experiments" / "results"
+    results.mkdir()
+    for name in names:
+        shutil.copy(CLONE / "experiments" / "results" / f"{name}.json", results)
+    arguments = ["--page", "--recipes", str(recipe_of(clone).parent)]
+    works(*arguments)
+    page = (clone / "docs" / "results.md").read_text()
+    assert all(f"## {name}\n" in page for name in names)
+    assert "| AdaBreg 5 % | 5.00 % | 5.00 %, 5.08 % | 96.94 ± 0.74 % |" in page
+    assert "| rescale | 5.00 % | 9.77 %, 6.13 %, 13.39 % | 97.31 ± 0.27 % |" in page
+    assert "| 56 coarse, 8 fine | 98.25 ± 0.26 % | 12.5% |" in page
+    assert "(21%)" in page
+    works(*arguments)
+    assert (clone / "docs" / "results.md").read_text() == page
+    content = json.loads((results / "digits.json").read_text())
+    content["rows"][0]["method"] = "renamed"
+    (results / "digits.json").write_text(json.dumps(content))
+    works(*arguments)
+    assert (clone / "docs" / "results.md").read_text() == page.replace("AdaBreg 5 %", "renamed")
+
+
+def test_a_damaged_result_file_is_named(clone, capsys):
+    (clone / "experiments" / "results").mkdir()
+    (clone / "experiments" / "results" / "bad.json").write_text("{")
+    assert "bad.json" in fails(capsys, "--page", "--recipes", recipe_of(clone).parent)
+
+
+# ---------------------------------------------------------------------- variance through depth
+
+
+@pytest.mark.parametrize(("correction", "factor"), [(True, 1.0), (False, 0.05)])
+def test_variance_through_relu_layers(correction, factor):
+    options = {"correction": correction, "density": 0.05, "depth": 6, "width": 600, "samples": 100}
+    z, gradients, density = tables.variances(options, seed=0)
+    assert density == pytest.approx(0.05)
+    assert len(z) == len(gradients) == 6
+    assert (z[-1] / z[0]) ** (1 / 5) == pytest.approx(factor, rel=0.15)
+    assert (gradients[0] / gradients[-1]) ** (1 / 5) == pytest.approx(factor, rel=0.15)
+    if correction:
+        assert z[0] == pytest.approx(2.0, rel=0.15)  # gain² times E[x²]
+
+
+def test_the_variance_table(clone, capsys):
+    recipe_of(clone).write_text(
+        HEAD + 'kind = "variance"\n[shared]\ndensity = 0.1\ndepth = 3\nwidth = 60\n'
+        '[[rows]]\nmethod = "with"\n[[rows]]\nmethod = "without"\ncorrection = false\n'
+    )
+    works("tiny", "--seeds", "0", "1", "--plots", "--recipes", str(recipe_of(clone).parent))
+    rows = json.loads((clone / "experiments" / "results" / "tiny.json").read_text())["rows"]
+    assert [len(row["activations"]) for row in rows] == [3, 3]
+    assert rows[0]["gradient_factor_mean"] > 5 * rows[1]["gradient_factor_mean"]
+    assert (clone / "docs" / "results-tiny.png").stat().st_size < 200_000
+    recipe_of(clone).write_text(HEAD + 'kind = "variance"\n[[rows]]\nmethod = "with"\nnonlinearity = "sine"\n')
+    assert "Invalid `nonlinearity`" in fails(capsys, "tiny", "--recipes", recipe_of(clone).parent)
