@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..optim.base import BregmanOptimizer
 from ..regularizers import Grouped, NuclearNorm
 from ..restriction.attention import Attention, live_heads
-from ..restriction.compact import Slice
+from ..restriction.compact import Slice, take
 from ..restriction.graph import Call, Graph, Untraceable, oriented, still
 from ..restriction.heads import Edit
 from ..restriction.support import elementwise
@@ -149,7 +149,7 @@ def shrink(
     if isinstance(model, ROOTS) and len(inputs) == 1:
         whole = shrink(nn.Sequential(model), inputs, optimizer)
         rows = [replace(row, name=row.name.partition(".")[2]) for row in whole.report.rows]
-        return Shrunk(whole.model[0], whole.optimizer, replace(whole.report, rows=rows), whole.parts)  # type: ignore[index]
+        return Shrunk(whole.model.get_submodule("0"), whole.optimizer, replace(whole.report, rows=rows), whole.parts)
     scissors = _Scissors(model)
     scissors.units(inputs, training=optimizer is not None)
     scissors.heads(inputs)
@@ -256,10 +256,7 @@ class _Scissors:
         full = getattr(old, parameter)
         if full is None:
             return
-        part = full.detach()
-        for dim, at in enumerate(index):
-            part = part if at is None else part.index_select(dim, at.to(part.device))
-        part = part.clone(memory_format=torch.contiguous_format) if value is None else value.to(part)
+        part = take(full.detach(), index) if value is None else value.to(full.detach())
         owner, target = owner or new, target or parameter
         if isinstance(full, nn.Parameter):
             setattr(owner, target, nn.Parameter(part, requires_grad=full.requires_grad))
@@ -467,11 +464,11 @@ def _rewritten(code: fx.Graph, edits: list[Edit], gone: Tensor) -> fx.Graph:
     new.output(new.graph_copy(code, twins))
     for edit in edits:
         node, left = twins[edit.node], int((~gone[edit.ids]).sum()) * edit.each
-        args = list(node.args)
+        args: list[Any] = list(node.args)
         if edit.inner is None:
             args[edit.at] = left
         else:
-            inner: list[Any] = list(args[edit.at])  # type: ignore[arg-type]
+            inner = list(args[edit.at])
             inner[edit.inner] = left
             args[edit.at] = tuple(inner)
         node.args = tuple(args)

@@ -33,7 +33,7 @@ class Slice:
 
     def restrict(self, full: Tensor) -> Tensor:
         """The kept part of a weight, a dual, a moment: new, contiguous, of the shape of `small`."""
-        return _take(full.detach(), self.index)
+        return take(full.detach(), self.index)
 
     @torch.no_grad()
     def prolong(self, values: Tensor, full: Tensor, *, zeros: bool = False) -> None:
@@ -51,7 +51,7 @@ class Slice:
             full[tuple(at.view(-1, *[1] * (len(kept) - 1 - i)) for i, at in enumerate(kept))] = values
 
 
-def _take(full: Tensor, index: tuple[Tensor | None, ...]) -> Tensor:
+def take(full: Tensor, index: tuple[Tensor | None, ...]) -> Tensor:
     part = full
     for dim, at in enumerate(index):
         if at is not None:
@@ -159,7 +159,7 @@ class Compact:
         tensor = getattr(full, name)
         if tensor is None:
             return
-        part = _take(tensor.detach(), index)
+        part = take(tensor.detach(), index)
         if isinstance(tensor, nn.Parameter):
             owner._parameters[name] = parameter = nn.Parameter(part, requires_grad=tensor.requires_grad)
             if tensor.requires_grad:

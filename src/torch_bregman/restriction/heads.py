@@ -55,6 +55,12 @@ class Edit(NamedTuple):
 Rule = Callable[["Unused", fx.Node], "Heads | Wire | list[Any] | None"]
 
 
+def sizes_of(node: fx.Node) -> tuple[tuple[Any, ...], bool]:
+    """The sizes that a view is given, and whether they come as one sequence."""
+    last: Any = node.args[-1]
+    return (tuple(last), True) if isinstance(last, tuple | list) else (node.args[1:], False)
+
+
 def split(walk: Unused, node: fx.Node) -> Heads | Wire | None:
     """x.view(…, heads, width) or x.view(…, parts, heads, width) of a tensor whose channels lie last; or unflatten."""
     source: Any = node.args[0]
@@ -65,9 +71,7 @@ def split(walk: Unused, node: fx.Node) -> Heads | Wire | None:
         return flat(walk, node)
     if wire is None or wire.dim != n - 1 or extra not in (1, 2) or after[: n - 1] != before[: n - 1] or node.kwargs:
         return None
-    last: Any = node.args[-1]
-    inner = isinstance(last, tuple | list)
-    sizes = tuple(last) if inner else node.args[1:]
+    sizes, inner = sizes_of(node)
     at = len(sizes) - 2
     if at < 0 or len(node.args) != (
         3 if node.target in ("unflatten", torch.unflatten) else 2 if inner else 1 + len(sizes)
@@ -92,9 +96,7 @@ def flat(walk: Unused, node: fx.Node) -> Wire | None:
     source: Any = node.args[0]
     wire, before, after = walk.wires[source], walk.shapes[source], walk.shapes[node]
     last = len(after) - 1
-    end: Any = node.args[-1]
-    inner = isinstance(end, tuple | list)
-    sizes = tuple(end) if inner else node.args[1:]
+    sizes, inner = sizes_of(node)
     if wire is None or node.kwargs or len(sizes) != len(after) or after[:last] != before[:last] or wire.dim < last:
         return None
     result = merged(walk, node, None, wire, last, len(before) - 1)
@@ -113,9 +115,7 @@ def merge(walk: Unused, node: fx.Node) -> Wire | None:
     if after != (*before[:-2], before[-2] * before[-1]) or heads.sums:
         return None
     if node.target not in ("flatten", torch.flatten):
-        end: Any = node.args[-1]
-        inner = isinstance(end, tuple | list)
-        sizes = tuple(end) if inner else node.args[1:]
+        sizes, inner = sizes_of(node)
         if sizes[-1] != -1:
             place = len(sizes) - 1 if inner else None
             walk.edits.append(Edit(node, len(node.args) - 1, place, heads.ids, before[-1]))
@@ -135,9 +135,10 @@ def move(walk: Unused, node: fx.Node) -> Heads | None:
     if node.target in ("permute", torch.permute):
         dims: Any = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
     else:
-        if not all(isinstance(d, int) for d in node.args[1:3]):
+        two: Any = node.args[1:3]
+        if not all(isinstance(d, int) for d in two):
             return None
-        a, b = (d % n for d in node.args[1:3])  # type: ignore[operator]
+        a, b = (d % n for d in two)
         dims = [b if d == a else a if d == b else d for d in range(n)]
     if not all(isinstance(d, int) for d in dims):
         return None

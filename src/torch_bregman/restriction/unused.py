@@ -32,7 +32,7 @@ from .graph import (
     padded,
     view,
 )
-from .heads import CHANNELS, HEADS, Edit, Heads, follow, same, softmax, stop
+from .heads import CHANNELS, HEADS, Edit, Heads, follow, same, sizes_of, softmax, stop
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -265,8 +265,7 @@ def _reads(module: Any) -> Tensor:
 
 def _free(node: fx.Node) -> bool:
     """Whether the last size of a view is left open, so that the channels may change."""
-    sizes: Any = node.args[1:]
-    sizes = tuple(sizes[0]) if sizes and isinstance(sizes[0], tuple | list) else sizes
+    sizes, _ = sizes_of(node)
     return bool(sizes) and isinstance(sizes[-1], int) and sizes[-1] == -1
 
 
