@@ -1,0 +1,72 @@
+"""Step sizes for the rows of a recipe, chosen on validation data.
+
+    python experiments/tune.py mnist-mlp --rows "RigL" --grid lr=1e-3,3e-3,1e-2 --data-root DIR
+
+trains each row that --rows finds once for every point of the grid, with a seed that no table uses, and adds the best
+validation accuracy on target to experiments/results/tuning/NAME.json. What is there already is not run again. The
+accuracy on test data is never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch_bregman.reproduce import describe_machine, find_recipes, read_experiment
+from torch_bregman.train import Recipe, fit
+from torch_bregman.train.files import write_atomically
+
+SEED = 100  # the tables have 0, 1, 2
+
+
+def read_grid(points: list[str]) -> list[dict[str, Any]]:
+    """Every combination of "option=value,value" texts."""
+    axes = []
+    for point in points:
+        name, _, values = point.partition("=")
+        axes.append([(name, json.loads(value)) for value in values.split(",")])
+    return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What has been tried so far."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the recipe")
+    parser.add_argument("--rows", default=".", help="a regular expression on the rows' methods [all]")
+    parser.add_argument("--grid", nargs="+", required=True, metavar="OPTION=VALUE,…", help="what is tried")
+    parser.add_argument("--data-root", type=Path, metavar="DIR")
+    args = parser.parse_args()
+
+    experiment = read_experiment(find_recipes(None) / f"{args.name}.toml")
+    path = Path(__file__).parent / "results" / "tuning" / f"{args.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    grid = read_grid(args.grid)
+    for row in experiment.rows:
+        if not re.search(args.rows, row.method):
+            continue
+        for point in grid:
+            label = {"method": row.method, "options": row.options | point}
+            if any({key: old[key] for key in label} == label for old in read_rows(path)):
+                continue
+            recipe = Recipe(**(row.options | point | {"seed": SEED})).check()
+            with tempfile.TemporaryDirectory() as folder:
+                end = fit(recipe, Path(folder), data_root=args.data_root, quiet=True)
+            result = label | {"val_accuracy": end.get("val_accuracy"), "seconds": end["seconds"]}
+            # Read again: another process may have added to it meanwhile.
+            content = {"seed": SEED, "environment": describe_machine(), "rows": [*read_rows(path), result]}
+            write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+            print(f"{row.method:32} {point}  val {end.get('val_accuracy')}  {end['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
