@@ -1,6 +1,7 @@
 """The published tables beside ours: recipe files, runs that are interrupted, result files and their page."""
 
 import json
+import re
 import shutil
 import signal
 import statistics
@@ -190,6 +191,36 @@ def test_an_interrupted_reproduction_runs_only_what_is_missing(clone, fake):
     assert content["rows"][1]["test_accuracy"] == [0.9, 0.91]
     assert json.loads((out / "tiny.json").read_text()) == content
     assert not (out / ".reproduce" / "tiny").exists()
+
+
+def test_some_rows_are_run_again_and_the_others_stay(clone, fake):
+    out = clone / "out"
+    tables.reproduce(read_experiment(recipe_of(clone)), out, seeds=(0, 1), command="all", say=lambda text: None)
+    before = json.loads((out / "tiny.json").read_text())
+    fake.ran = []
+    experiment = read_experiment(recipe_of(clone))
+    content = tables.reproduce(experiment, out, seeds=(2,), only="^sparse$", command="one", say=lambda text: None)
+    assert fake.ran == ["sparse-2"]
+    dense, sparse = content["rows"]
+    assert dense == {"seeds": [0, 1], "command": "all"} | before["rows"][0]
+    assert sparse["test_accuracy"] == [0.92]
+    assert "seeds" not in sparse
+    assert (content["seeds"], content["command"]) == ([2], "one")
+    assert json.loads((out / "tiny.json").read_text()) == content
+
+    page = tables.results_page({"tiny": experiment}, {"tiny": content})
+    assert "* dense | Adam: `all`; seeds 0 1" in page
+
+    # What was made with options that the recipe no longer has is not shown beside them.
+    recipe_of(clone).write_text(TINY.replace('optimizer = "adam"', 'optimizer = "adam"\nlr = 0.01'))
+    experiment = read_experiment(recipe_of(clone))
+    assert [row["method"] for row in tables.reproduce(experiment, out, only="sparse", say=print)["rows"]] == ["sparse"]
+
+
+@pytest.mark.parametrize(("only", "expected"), [("spars$", "no row in which 'spars$'"), ("(", "regular expression")])
+def test_rows_that_are_not_there(clone, only, expected):
+    with pytest.raises(RunError, match=re.escape(expected)):
+        tables.reproduce(read_experiment(recipe_of(clone)), clone / "out", only=only, say=print)
 
 
 @pytest.mark.parametrize("change", ["option", "version", "data"])

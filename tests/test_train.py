@@ -168,6 +168,28 @@ def test_the_best_model_is_on_target_and_from_the_validation_data(arrays, tmp_pa
 # ---------------------------------------------------------------------- killed and resumed
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": "adam", "density": None}, {}, {"optimizer": "set"}, {"multilevel": True, "coarse_steps": 3}],
+)
+def test_what_training_would_cost_if_zeros_were_free(arrays, tmp_path, options):
+    end = fit(small(arrays, **options), tmp_path / "run", quiet=True)
+    samples, (first, *rest) = 540 * 4, rows_of(tmp_path / "run")[:-1]  # a tenth is for validation
+    forward = {"1.weight": 2 * 20 * 200, "3.weight": 2 * 200 * 80, "5.weight": 2 * 80 * 5}
+    dense = samples * sum(forward.values())
+    sparse = 0.0
+    for before, after in zip([first, *rest], rest, strict=False):
+        densities = {name: (before["layers"][name] + after["layers"][name]) / 2 for name in forward}
+        sparse += samples / 4 * sum(densities[name] * flops for name, flops in forward.items())
+    steps = end.get("fine_steps", 44) + end.get("coarse_steps", 0)
+    fine = end.get("fine_steps", 44) / steps
+    assert (steps, fine < 1) == (44, "multilevel" in options)
+    expected = (3 - fine) * sparse + fine * dense
+    if "optimizer" in options:  # SET has one density at all times, and never needs a dense gradient
+        expected = 3 * dense if options["optimizer"] == "adam" else 3 * 0.1 * dense
+    assert end["sparse_flops"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
     options = ["--epochs", "30", "--batch-size", "10", "--density", "0.1", "--quiet", "--seed", "3"]
     script = "import sys; from torch_bregman.train import loop; loop.SAVE_EVERY = loop.LOOK_EVERY = 0.02\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -307,6 +308,7 @@ def reproduce(
     /,
     *,
     all: bool = False,
+    rows: str = "",
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="")] = (0, 1, 2),
     quick: bool = False,
     plots: bool = False,
@@ -324,6 +326,7 @@ def reproduce(
     * `torch-bregman reproduce` - the list.
     * `torch-bregman reproduce mnist-mlp --quick` - whether it works here, in a minute or two; its figures mean nothing.
     * `torch-bregman reproduce mnist-mlp --data-root DIR --plots` - the real thing, with a PNG.
+    * `torch-bregman reproduce mnist-mlp --rows "RigL|SET"` - some rows, the others stay as they are.
 
     Parameters
     ----------
@@ -331,6 +334,8 @@ def reproduce(
         The table or figure.
     all
         Every one; those that need a device this machine lacks are passed over.
+    rows
+        A regular expression: only the rows in whose method it is found are run.
     seeds
         One run per row and seed.
     quick
@@ -363,7 +368,8 @@ def reproduce(
         return
     if quick:
         console.print(tables.QUICK_WARNING, style="bold red", soft_wrap=True)
-    command = f"torch-bregman reproduce {{}} --seeds {' '.join(map(str, seeds))}" + " --quick" * quick
+    command = "torch-bregman reproduce {}" + (f" --rows {shlex.quote(rows)}" if rows else "")
+    command += f" --seeds {' '.join(map(str, seeds))}" + " --quick" * quick
     for chosen in [] if page else [name] if name is not None else experiments:
         experiment = experiments[chosen]
         if all and not quick and (device := experiment.missing_device()) is not None:
@@ -371,8 +377,8 @@ def reproduce(
             continue
         try:
             tables.reproduce(
-                experiment, results, seeds=seeds, quick=quick, data_root=data_root,
-                command=command.format(chosen) + " --data-root DIR" * (data_root is not None),
+                experiment, results, seeds=seeds, only=rows, quick=quick, data_root=data_root,
+                command=command.replace("{}", chosen, 1) + " --data-root DIR" * (data_root is not None),
                 say=lambda text: print(text, flush=True),
             )  # fmt: skip
         except Stopped as stopped:

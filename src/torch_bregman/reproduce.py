@@ -52,7 +52,13 @@ FLOPS = (
     "gradient of the inputs, gradient of the weights); where only live weights are computed with, that times their "
     "share. Zeros that are multiplied count in full."
 )
+SPARSE_FLOPS = (
+    "the same if no zero cost anything: a step takes 3 · 2 · live weights · positions per sample, and 2 · 2 · live + "
+    "2 · all where it needs the gradient of all weights: every step of LinBreg, AdaBreg and ProxSGD, the fine steps of "
+    "multilevel training, the steps at which RigL grows."
+)
 MEMORY = "the largest resident set of the process that trained (ru_maxrss), with Python, torch and the data in it."
+MADE = ("seeds", "command", "environment")  # how a row was made
 LABELS = ("method", "move", "rule")  # what the rows of result files are called by
 
 Say = Callable[[str], None]
@@ -212,6 +218,7 @@ def reproduce(
     out: Path | None,
     *,
     seeds: Sequence[int] = (0, 1, 2),
+    only: str = "",
     quick: bool = False,
     data_root: Path | None = None,
     command: str = "",
@@ -219,12 +226,16 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run every row of `experiment` over the `seeds` and write OUT/NAME.json; returns what is in it.
 
+    With `only`, a regular expression, just the rows in whose method it is found; the others stay in the file as they
+    are, and a row that was made elsewhere carries its own seeds, command and environment.
+
     Runs that have ended are kept in OUT/.reproduce until all have, and are not run again by the next call with the same
     options, version and machine; one that was stopped goes on from its checkpoint. With `quick`: one seed, the options
     of the [quick] table, nothing is kept, and `out` may be None.
 
     Raises:
-        RunError: the device that is needed is not there, a run failed, or `quick` would overwrite real results.
+        RunError: the device that is needed is not there, a run failed, `only` finds no row, or `quick` would overwrite
+            real results.
         Stopped: after Ctrl-C; what has been done so far is kept.
     """
     seeds = check_seeds(seeds)
@@ -238,8 +249,11 @@ def reproduce(
         )
     elif out is None:
         raise ValueError("Invalid `out`: None; only with `quick` may nothing be written.")
-    rows = [row for row in experiment.rows if experiment.kind != "train" or row.unknown is None]
-    skipped = [row for row in experiment.rows if row not in rows]
+    wanted = [row for row in experiment.rows if matches(only, row.method)]
+    if not wanted:
+        raise RunError(f"{experiment.name} has no row in which {only!r} is found.")
+    rows = [row for row in wanted if experiment.kind != "train" or row.unknown is None]
+    skipped = [row for row in wanted if row not in rows]
     for row in skipped:
         say(f"skipped: {row.method} (this version has no optimizer {row.unknown!r})")
     if not rows:
@@ -264,6 +278,8 @@ def reproduce(
         "seeds": list(seeds),
         "rows": results,
     }  # fmt: skip
+    if only and out is not None and not quick:
+        content["rows"] = merged(experiment, out, content)
     if skipped:
         content["skipped"] = [row.method for row in skipped]
     if quick:
@@ -275,6 +291,31 @@ def reproduce(
         if not quick:
             shutil.rmtree(out / ".reproduce" / experiment.name, ignore_errors=True)
     return content
+
+
+def matches(pattern: str, method: str) -> bool:
+    """Whether the regular expression `pattern` is found in `method`; RunError where it is none."""
+    try:
+        return re.search(pattern, method) is not None
+    except re.error as error:
+        raise RunError(f"Invalid `rows`: {pattern!r}; expected a regular expression ({error}).") from None
+
+
+def merged(experiment: Experiment, out: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `content` among those that OUT/NAME.json has already, in the order of the recipe.
+
+    A row that was made in another way than `content` says keeps its seeds, command and environment. One whose options
+    are no longer those of the recipe is left out.
+    """
+    old = read_results(out).get(experiment.name, {}) if out.is_dir() else {}
+    made = {row["method"]: row for row in content["rows"]}
+    options = {row.method: row.options for row in experiment.rows}
+    for row in old.get("rows", []):
+        if row["method"] in made or row.get("options") != options.get(row["method"]):
+            continue
+        own = {key: old[key] for key in MADE if key in old and old[key] != content[key]}
+        made[row["method"]] = own | row
+    return [made[method] for method in options if method in made]
 
 
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
@@ -487,7 +528,7 @@ def summarise(row: Row, source: str, parts: Sequence[dict[str, Any]]) -> dict[st
     result["seconds"] = [end["seconds"] for end in ends]
     result["dense_flops"] = [part["dense_flops"] for part in parts]
     result["flops"] = [end.get("flops", part["dense_flops"]) for end, part in zip(ends, parts, strict=True)]
-    for key in ("fine_steps", "coarse_steps"):
+    for key in ("sparse_flops", "fine_steps", "coarse_steps"):
         if key in ends[0]:
             result[key] = [end[key] for end in ends]
     result["peak_memory"] = [part["memory"] for part in parts]
@@ -612,11 +653,11 @@ def claim(told: dict[str, Any] | None) -> str:
     return " ".join(parts)
 
 
-def work(row: dict[str, Any]) -> str:
+def work(row: dict[str, Any], key: str = "flops") -> str:
     """Training FLOPs, and beside dense steps."""
-    if not row.get("flops") or not row.get("dense_flops"):
+    if not row.get(key) or not row.get("dense_flops"):
         return ""
-    done, dense = statistics.mean(row["flops"]), statistics.mean(row["dense_flops"])
+    done, dense = statistics.mean(row[key]), statistics.mean(row["dense_flops"])
     return f"{done:.2e} ({done / dense:.0%})"
 
 
@@ -648,6 +689,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gradients, × per layer": lambda row: spread(row, "gradient_factor", 1, ""),
     "fine steps": fine_steps,
     "FLOPs (of dense)": work,
+    "if zeros were free": lambda row: work(row, "sparse_flops"),
     "seconds": lambda row: f"{statistics.mean(row['seconds']):.0f}" if row.get("seconds") else "",
     "peak memory": memory,
     "": lambda row: row.get("state", ""),
@@ -704,7 +746,8 @@ def results_page(
         "Written by `torch-bregman reproduce`; changes by hand are lost. Mean ± standard deviation of the sample over "
         "the seeds. *Kept*: non-zero entries of all Linear and Conv weights over their number, biases and norms not "
         "counted. A network is chosen on validation data, and the test data are read once, at the end of a run.",
-        f"*FLOPs* {FLOPS} *Peak memory*: {MEMORY} *Seconds*: wall time of a run, mean over the seeds.",
+        f"*FLOPs* {FLOPS} *If zeros were free*: {SPARSE_FLOPS} *Peak memory*: {MEMORY} *Seconds*: wall time of a run, "
+        "mean over the seeds.",
     ]
     if any(content.get("quick") for content in results.values()):
         lines.append(f"**{QUICK_WARNING}**")
@@ -720,6 +763,7 @@ def results_page(
             for row in experiment.rows if row.method not in labels
         ]  # fmt: skip
         lines.append(table([*done, *todo]))
+        lines += _other_notes(done)
         notes = [f"* {row.method}: {row.published['note']}" for row in experiment.rows if row.published.get("note")]
         if notes:
             lines.append("\n".join(notes))
@@ -747,6 +791,15 @@ def _notes(content: dict[str, Any]) -> list[str]:
     parts += [f"{key} {value}" if key != "machine" else str(value) for key, value in environment.items()]
     parts += [f"threads {', '.join(map(str, threads))}"] if threads else []
     return ["; ".join(parts)] if parts else []
+
+
+def _other_notes(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """How the rows came about that were made in another way than the rest of their table."""
+    ways: dict[str, list[str]] = {}
+    for row in rows:
+        if any(key in row for key in MADE):
+            ways.setdefault("; ".join(_notes(row)), []).append(row["method"])
+    return ["\n".join(f"* {', '.join(methods)}: {way}" for way, methods in ways.items())] if ways else []
 
 
 def write_page(folder: Path, experiments: dict[str, Experiment], results_folder: Path, *, plots: bool = False) -> Path:

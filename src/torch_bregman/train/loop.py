@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from ..models import build
 from ..multilevel import Multilevel
 from ..report import weight_pattern
 from ..report.words import near
-from ..rivals import Lasso
+from ..rivals import Lasso, Rival, training_flops
 from .display import Display
 from .files import RunError, latest_checkpoint, save_checkpoint, write_atomically
 from .recipe import (
@@ -253,6 +254,7 @@ def fit(
         **{name: value for name, value in best.items() if name.startswith("val_")},
         "best_epoch": best.get("epoch"), "lam": rows[-1]["lam"], "seconds": round(seconds, 3), "note": data.note,
         **work(levels),
+        "sparse_flops": sparse_flops(model, data.train.x[:1], len(data.train) * recipe.epochs, rows, rival, levels),
     }  # fmt: skip
     if levels:
         end["choices"] = levels.report.rows()
@@ -353,6 +355,42 @@ def work(levels: Multilevel | None) -> dict[str, Any]:
         return {}
     fine, coarse = levels.counts["fine"], levels.counts["coarse"]
     return {"fine_steps": fine, "coarse_steps": coarse, "flops": levels.flops, "dense_flops": levels.dense_flops}
+
+
+def forward_flops(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """Weight of a Linear or Conv layer → FLOPs of its dense forward pass on `x`."""
+    training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    model.train(training)
+    # Modules are called by the name of the root's class and their own.
+    counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    return {name: float(counts.get(name.rpartition(".")[0], 0)) for name, _, _ in weight_layers(model)}
+
+
+def sparse_flops(
+    model: nn.Module,
+    x: Tensor,
+    samples: int,
+    rows: list[dict[str, Any]],
+    rival: Rival | None,
+    levels: Multilevel | None,
+) -> float:
+    """FLOPs of the run on `samples` samples if zeros cost nothing (`training_flops`); `x` is one of them.
+
+    A Bregman step needs the gradient of all weights, but for the coarse ones. Its densities are those before and after
+    each epoch, averaged; a rival counts those of its steps.
+    """
+    forward = forward_flops(model, x)
+    if rival is not None:
+        return rival.flops({name: flops * samples / rival.steps for name, flops in forward.items()})
+    layers = [row["layers"] for row in rows]
+    ends = list(itertools.pairwise(layers))
+    densities = {name: sum(a[name] + b[name] for a, b in ends) / (2 * len(ends)) for name in forward}
+    if min(densities.values()) == 1:  # trained dense
+        return training_flops(forward, {}, samples)
+    coarse = levels.counts["coarse"] / levels.counts.total() if levels is not None else 0.0
+    return training_flops(forward, densities, samples, round(samples * (1 - coarse)))
 
 
 def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path) -> Tensor:
