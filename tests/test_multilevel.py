@@ -170,6 +170,8 @@ def test_groups_are_restricted_whole(name: str, regularizer: Any, form: str) -> 
                   theirs[1].bias: theirs[0].weight, theirs[3].bias: theirs[3].weight}  # fmt: skip
     reference(theirs, b, range(15), 3, shape=(1, 5, 5), owners=owners)
     assert not owners or any(made.kind == "compact" for made in levels.choices.values())
+    if form == "sparse" and regularizer[nn.Conv2d].groups == "kernels":
+        assert {levels.choices[name].kind for name in ("0", "3")} == {"sparse"}
     for one, two in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(one, two)
     same(a, b, rtol=1e-8, atol=1e-10)

@@ -353,7 +353,8 @@ class Multilevel:
         chosen: dict[Layer, Choice] = {}
         for _, _, p, reg in candidates:
             for layer in self._layers_of(p):
-                if layer.seen is not None and elementwise(reg):
+                # Rows and filters make a smaller dense network.
+                if layer.seen is not None and (elementwise(reg) or (where[p].in_a_row and not by_rows(reg))):
                     with torch.enable_grad():
                         chosen[layer] = self.timings.choose(layer.module, layer.form, p, where[p], layer.seen)
         able = {layer for layer, choice in chosen.items() if choice.sparse < choosing.ABLE * choice.dense}
@@ -505,10 +506,12 @@ class Multilevel:
 
     def _live(self, full: nn.Parameter, where: Support, near: Support | None, layers: list[Layer]) -> Live:
         """The live part of a weight, for the layers that may compute with it alone."""
-        if layers:
-            pattern = layers[0].form.pattern
-            return Live(full, pattern(full, where.index), pattern(full, near.index) if near is not None else None)
-        return Live(full, where, near)
+        if not layers:
+            return Live(full, where, near)
+        pattern = layers[0].form.pattern
+        if where.spans:  # whole kernels
+            return Live(full, where, None, pattern(full, where.entries))
+        return Live(full, pattern(full, where.index), pattern(full, near.index) if near is not None else None)
 
     def _regularizer(self, group: int) -> Regularizer | None:
         """Of the full space."""

@@ -119,7 +119,7 @@ def _dense(module: nn.Module, form: Form, full: Tensor, where: Support, seen: Se
 
 def _sparse(module: nn.Module, form: Form, full: Tensor, live: Support, seen: Seen) -> Callable[[], object]:
     """The same with the live weights alone."""
-    x, weight, where = _inputs(full, seen), full.detach().clone(), form.pattern(full, live.index)
+    x, weight, where = _inputs(full, seen), full.detach().clone(), form.pattern(full, live.entries)
     values = where.restrict(full).requires_grad_()
     asked = [values, x] if seen.needs_grad else [values]
 

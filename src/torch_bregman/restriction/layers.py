@@ -118,6 +118,7 @@ class Live:
         full: W. Always holds the live values, and zeros elsewhere.
         pattern: the live entries or groups of W.
         near: further entries, or None.
+        entries: the pattern that a layer computes with, entry by entry.
         where: both, one after the other.
         values: of `where`; as long as W is restricted, those of `near` are not looked at.
         finished: the optimizer holds W again, and its gradient is that of all of W.
@@ -125,8 +126,9 @@ class Live:
         stale: the values have moved on since W was written; it is brought up to date when somebody looks at it.
     """
 
-    def __init__(self, full: nn.Parameter, pattern: Support, near: Support | None = None) -> None:
+    def __init__(self, full: nn.Parameter, pattern: Support, near: Support | None = None, entries: Any = None) -> None:
         self.full, self.pattern, self.near = full, pattern, near
+        self.entries = pattern if entries is None else entries
         self.where = pattern
         if near is not None:
             self.where = Support(full, (), torch.cat([pattern.index, near.index]))
@@ -245,10 +247,10 @@ class Layer(Watch):
                 return None
         live = self.live
         if not training or not live.finished:
-            return self.form.sparse(module, x, live.values, live.pattern, None, live.near, relu)
+            return self.form.sparse(module, x, live.values.flatten(), live.entries, None, live.near, relu)
         if not self.form.whole:
             return None
-        return self.form.sparse(module, x, live.values.detach(), live.pattern, weight, live.near, relu)
+        return self.form.sparse(module, x, live.values.detach().flatten(), live.entries, weight, live.near, relu)
 
     def _positions(self, x: Tensor) -> int:
         """At how many places of x the weights are applied."""

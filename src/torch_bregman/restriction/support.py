@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -53,6 +54,21 @@ class Support:
     def density(self) -> float:
         """Live entries over all entries."""
         return self.size / max(self.full_shape.numel(), 1)
+
+    @property
+    def in_a_row(self) -> bool:
+        """Whether the entries of a group follow one another, so that the live part is flat in the order of `entries`."""
+        return self.keeps == tuple(range(len(self.keeps)))
+
+    @property
+    def entries(self) -> Tensor:
+        """The live entries, numbered row by row over all dimensions, where groups lie in a row."""
+        size = math.prod(self.full_shape[d] for d in self.spans)
+        return (
+            self.index
+            if size == 1
+            else (self.index[:, None] * size + torch.arange(size, device=self.index.device)).reshape(-1)
+        )
 
     def restrict(self, full: Tensor) -> Tensor:
         """The live part of `full`, a new tensor, in the order of `index`."""
