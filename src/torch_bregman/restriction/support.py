@@ -57,7 +57,7 @@ class Support:
 
     @property
     def in_a_row(self) -> bool:
-        """Whether the entries of a group follow one another, so that the live part is flat in the order of `entries`."""
+        """Whether the entries of a group follow one another, so that the live part lies in the order of `entries`."""
         return self.keeps == tuple(range(len(self.keeps)))
 
     @property
