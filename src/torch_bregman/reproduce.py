@@ -498,8 +498,7 @@ def summarise(row: Row, source: str, parts: Sequence[dict[str, Any]]) -> dict[st
         # There is no validation score of a run that never was on target.
         if all(key in end for end in ends) and not (key.endswith("loss") and "test_accuracy" in ends[0]):
             result |= _over_seeds(key, [end[key] for end in ends])
-    result["full_widths"] = ends[0]["full_widths"]
-    for key in ("widths", "skips"):
+    for key in ("widths", "full_widths", "skips"):
         if key in ends[0]:
             result[key] = [end[key] for end in ends]
     result["seconds"] = [end["seconds"] for end in ends]
@@ -656,10 +655,9 @@ def fine_steps(row: dict[str, Any]) -> str:
 
 def widths(row: dict[str, Any]) -> str:
     """The outputs alive per layer, mean over the seeds, where some are not: "296-170-73-107-120-488"."""
-    seeds = row.get("widths", [])
-    if all(alive == row["full_widths"] for alive in seeds):
+    if "widths" not in row or row["widths"] == row["full_widths"]:
         return ""
-    return "-".join(f"{statistics.mean(layer):.0f}" for layer in zip(*seeds, strict=True))
+    return "-".join(f"{statistics.mean(layer):.0f}" for layer in zip(*row["widths"], strict=True))
 
 
 def surviving_skips(row: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def draw_architectures(figure: Figure, rows: list[dict[str, Any]]) -> bool:
     A row holds per seed `widths`, the outputs alive of each layer, `full_widths`, all of them, and where the network
     has skips `skips`, those of `models.skip.skips`.
     """
-    shown = [row for row in rows if any(alive != row["full_widths"] for alive in row.get("widths", []))]
+    shown = [row for row in rows if "widths" in row and row["widths"] != row["full_widths"]]
     if not shown:
         return False
     columns = min(2, len(shown))
@@ -38,7 +38,7 @@ def draw_architectures(figure: Figure, rows: list[dict[str, Any]]) -> bool:
 
 def _draw(axes: Axes, row: dict[str, Any]) -> None:
     """Layers from left to right as bars round the axis, alive in front of all; skips as arcs above them."""
-    full = row["full_widths"]
+    full = row["full_widths"][0]
     places = range(1, len(full) + 1)
     layers = list(zip(*row["widths"], strict=True))
     alive = [statistics.mean(layer) for layer in layers]

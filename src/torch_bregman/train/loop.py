@@ -182,7 +182,7 @@ def fit(
 
         with stop_signals() as stopping:
             if not rows:
-                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, similarity)
+                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, similarity, SSIM_IMAGES)
                 rows.append(measure(0, None, scores, model, optimizer, recipe, 0.0, 0.0))
                 metrics.add(rows[0])
                 keep_patterns(run, "start", model)
@@ -223,7 +223,7 @@ def fit(
 
                 train_loss = finite(losses, epoch, steps_per_epoch, checkpoint).mean().item()
                 seconds = time.perf_counter() - epoch_began
-                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, similarity)
+                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, similarity, SSIM_IMAGES)
                 rate = recipe.batch_size * (i - done) / max(seconds, 1e-9)
                 row = measure(epoch, train_loss, scores, model, optimizer, recipe, seconds, rate) | work(levels)
                 rows.append(row)
@@ -315,7 +315,7 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
 @torch.no_grad()
 def evaluate(
     model: nn.Module, split: Split, task: str, noise_scale: Tensor, mixed: Callable[[], Any], layout: dict[str, Any],
-    similarity: Callable[[Tensor, Tensor], list[float]] | None = None, images: int = SSIM_IMAGES,
+    similarity: Callable[[Tensor, Tensor], list[float]] | None = None, images: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """val_loss; val_accuracy where there are classes; with `similarity` the mean val_ssim of the first `images`.
 
