@@ -306,7 +306,10 @@ def test_quick_never_overwrites_results(clone, fake, capsys, monkeypatch):
 
 def test_the_recipes_of_the_clone_are_good():
     found = read_experiments(tables.find_recipes(None))
-    assert {"mnist-mlp", "fashion-convnet-l1", "fashion-convnet-groups", "sparse-init", "cifar-resnet18"} <= set(found)
+    assert {
+        "mnist-mlp", "fashion-convnet-l1", "fashion-convnet-groups", "sparse-init", "cifar-resnet18",
+        "mnist-autoencoder", "architecture-search",
+    } <= set(found)  # fmt: skip
     for experiment in found.values():
         assert [row.method for row in experiment.rows if row.unknown] == []
     assert all(row.options["device"] == "cuda" for row in found["cifar-resnet18"].rows)
@@ -337,6 +340,8 @@ def test_an_unknown_name_suggests_the_nearest(clone, capsys):
         ('method = "sparse"', 'method = "dense | Adam"', "that no other row has"),
         ('method = "sparse"', "", "Invalid `method`"),
         ('source = "N', 'kind = "table"\nsource = "N', "Invalid `kind`"),
+        ('source = "N', 'picture = "bars"\nsource = "N', "Invalid `picture`"),
+        ("accuracy = 0.97", "ssim = 1.97", "Invalid `published.ssim`: 1.97"),
     ],
 )
 def test_a_bad_recipe_is_one_sentence_with_its_file(clone, capsys, old, new, expected):
@@ -429,6 +434,81 @@ def test_a_damaged_result_file_is_named(clone, capsys):
     (clone / "experiments" / "results").mkdir()
     (clone / "experiments" / "results" / "bad.json").write_text("{")
     assert "bad.json" in fails(capsys, "--page", "--recipes", recipe_of(clone).parent)
+
+
+# ---------------------------------------------------------------------- what emerges: SSIM, widths, skips
+
+
+def denoised(ssim: float, widths: list[int], **end) -> dict:
+    """What a run of an autoencoder leaves behind."""
+    made = part(0.5, widths=widths, full_widths=[8, 8, 8], test_ssim=ssim, val_ssim=ssim - 0.01, **end)
+    for key in ("test_accuracy", "val_accuracy"):
+        del made["end"][key]
+    return made
+
+
+def test_a_table_shows_ssim_widths_and_skips_beside_what_was_published():
+    skips = [{"before": 0, "skips": [[0.0, 0.0], [0.5, 0.0]]}, {"before": 2, "skips": [[0.1, 0.0], [-0.5, 0.2]]}]
+    gone = [{"before": 0, "skips": [[0.0, 0.0], [0.5, 0.0]]}, {"before": 2, "skips": [[0.0, 0.0], [0.0, 0.0]]}]
+    told = tables.Row("sparse", {}, {"ssim": 0.93, "density": 0.267, "note": "100 epochs"})
+    parts = [denoised(0.9, [8, 2, 7], skips=skips), denoised(0.94, [6, 2, 8], skips=gone)]
+    sparse = tables.summarise(told, "s", parts)
+    assert sparse["test_ssim_mean"] == pytest.approx(0.92)
+    assert sparse["test_ssim_std"] == pytest.approx(statistics.stdev([0.9, 0.94]))
+    assert sparse["widths"] == [[8, 2, 7], [6, 2, 8]]
+    assert sparse["skips"] == [skips, gone]
+    dense = tables.summarise(tables.Row("dense", {}), "s", [denoised(0.8, [8, 8, 8])] * 2)
+    head, _, first, second = tables.table([sparse, dense]).splitlines()
+    cells = dict(zip(head.split(" | "), first.split(" | "), strict=True))
+    assert cells["SSIM"] == "0.9200 ± 0.0283"
+    assert cells["validation SSIM"] == "0.9100 ± 0.0283"
+    assert cells["published"] == "SSIM 0.93 at 26.70 %"
+    assert cells["alive per layer"] == "7-2-8"  # 7.5 is even
+    assert cells["skips alive"] == "2.5 of 6"
+    assert dict(zip(head.split(" | "), second.split(" | "), strict=True))["alive per layer"] == "—"  # all of them
+
+
+def test_the_best_published_ssim_stands_for_its_table(clone):
+    recipe_of(clone).write_text(
+        TINY.replace("accuracy = 0.97", "ssim = 0.5").replace("accuracy = 0.5", "ssim = 0.6").replace("sgdd", "lasso")
+    )
+    experiment = read_experiment(recipe_of(clone))
+    row = tables.summarise(experiment.rows[2], "s", [denoised(0.9, [8, 2, 8])])
+    (line,) = tables.overview({"tiny": experiment}, {"tiny": {"rows": [row]}})
+    assert line[2:] == ["from the future: SSIM 0.6 at 90.00 %", "SSIM 0.9000 at 10.00 %"]
+
+
+def test_without_scikit_image_a_table_with_ssim_says_so(clone, fake, monkeypatch):
+    recipe_of(clone).write_text(TINY.replace("accuracy = 0.97", "ssim = 0.97"))
+    said: list[str] = []
+    for there in (True, False):
+        monkeypatch.setattr(tables, "find_spec", lambda name, there=there: object() if there else None)
+        tables.reproduce(read_experiment(recipe_of(clone)), clone / "out", seeds=(0,), say=said.append)
+        assert any("torch-bregman[experiments]" in line for line in said) != there
+
+
+@pytest.mark.parametrize("name", ["mnist-autoencoder", "architecture-search"])
+def test_quick_finds_an_architecture(clone, name):
+    """The recipes of the repository on 8×8 digits, in one process."""
+    text = (CLONE / "experiments" / "recipes" / f"{name}.toml").read_text()
+    for data in ("fashion-mnist", "mnist"):
+        text = text.replace(f'dataset = "{data}"', 'dataset = "digits"')
+    (recipe_of(clone).parent / f"{name}.toml").write_text(text)
+    experiment, out = read_experiment(recipe_of(clone).parent / f"{name}.toml"), clone / "quick"
+    content = tables.reproduce(experiment, out, quick=True, say=lambda text: None)
+    for row, options in zip(content["rows"], experiment.rows, strict=True):
+        model = options.options["model"]
+        if model != "densenet":
+            assert row["full_widths"] == [[64] * 6]
+            assert -1 <= row["test_ssim"][0] <= 1
+            assert len(row["curve"]["val_ssim"]) == 2
+        assert (row["widths"] == row["full_widths"]) == (options.options.get("optimizer") in ("adam", "sgd"))
+        assert [len(chain["skips"]) for chain in row.get("skips", [[]])[0]] == {
+            "autoencoder": [], "skipencoder": [6], "densenet": [4, 4],
+        }[model]  # fmt: skip
+    page = tables.write_page(clone / "docs", {name: experiment}, out, plots=True)
+    assert f"![{experiment.title}](results-{name}.png)" in page.read_text()
+    assert 5000 < (clone / "docs" / f"results-{name}.png").stat().st_size < 200_000
 
 
 # ---------------------------------------------------------------------- variance through depth

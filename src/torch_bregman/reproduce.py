@@ -22,8 +22,9 @@ import threading
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,17 +37,22 @@ from .density import density as density_of
 from .init import sparse_init_
 from .models import build
 from .models.resnet import ResNet
+from .report.architecture import draw_architectures
 from .report.words import percent
 from .train.files import RunError, write_atomically
 from .train.loop import Stopped, fit
 from .train.recipe import OPTIMIZERS, Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 QUICK: dict[str, Any] = {"epochs": 1, "limit": 1000}
 QUICK_WARNING = "--quick: few samples, one epoch, one seed. These figures prove that the path works, and mean nothing."
 KINDS = ("train", "variance")
 OPTIONS = tuple(f.name for f in fields(Recipe) if f.name != "seed")
 VARIANCE_OPTIONS = ("nonlinearity", "correction", "density", "depth", "width", "samples")
-PUBLISHED = ("accuracy", "density", "note", "source")
+PUBLISHED = ("accuracy", "ssim", "density", "note", "source")
+PICTURES = ("curves", "architecture")
 FLOPS = (
     "of training, in the Linear and Conv layers: a dense step takes 3 · 2 · weights · positions per sample (forward, "
     "gradient of the inputs, gradient of the weights); where only live weights are computed with, that times their "
@@ -69,7 +75,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: how it is made, and what was published. Accuracies and densities are fractions."""
+    """A line of a table: how it is made, and what was published. All but texts are fractions."""
 
     method: str
     options: dict[str, Any]
@@ -91,6 +97,7 @@ class Experiment:
     task: str
     source: str
     kind: str
+    picture: str
     rows: tuple[Row, ...]
     shared: dict[str, Any]
     quick: dict[str, Any]
@@ -115,11 +122,12 @@ def read_experiment(path: Path) -> Experiment:
     where = f"The recipe {path}"
     try:
         for key in content:
-            choose("key", key, ("title", "task", "source", "kind", "shared", "quick", "rows"))
+            choose("key", key, ("title", "task", "source", "kind", "picture", "shared", "quick", "rows"))
         for key in ("title", "task", "source"):
             if not isinstance(content.get(key), str):
                 raise ValueError(f"Invalid `{key}`: {content.get(key)!r}; expected a text.")
         kind = choose("kind", content.get("kind", "train"), KINDS)
+        picture = choose("picture", content.get("picture", "curves"), PICTURES)
         known = OPTIONS if kind == "train" else VARIANCE_OPTIONS
         shared, quick, tables = content.get("shared", {}), content.get("quick", {}), content.get("rows")
         for name, table in (("shared", shared), ("quick", quick)):
@@ -139,7 +147,7 @@ def read_experiment(path: Path) -> Experiment:
     except (ValueError, TypeError) as error:
         raise RunError(f"{where}: {error}") from None
     return Experiment(
-        path.stem, content["title"], content["task"], content["source"], kind, tuple(rows), shared,
+        path.stem, content["title"], content["task"], content["source"], kind, picture, tuple(rows), shared,
         (QUICK if kind == "train" else {}) | quick,
     )  # fmt: skip
 
@@ -260,6 +268,8 @@ def reproduce(
         raise RunError(f"{experiment.name} has no row that this version can run.")
 
     say(f"{experiment.name}: {experiment.title}")
+    if any("ssim" in row.published for row in rows) and find_spec("skimage") is None:
+        say("There will be no SSIM: it needs the extra experiments, pip install 'torch-bregman[experiments]'.")
     environment = describe_machine()
     if experiment.kind == "variance":
         results = [variance_row(row, experiment.quick if quick else {}, seeds, say) for row in rows]
@@ -414,7 +424,9 @@ def _cut_out(recipe: Recipe, data_root: Path | None, folder: Path) -> Path:
     if not path.exists():
         data = load(recipe.dataset, data_root, limit=recipe.limit)
         splits = {"train": data.train, "val": data.validation, "test": data.test}
-        arrays = {f"x_{kind}": split.x[: QUICK["limit"]].numpy() for kind, split in splits.items()}
+        # As pixels again: the file is normalised anew when it is read.
+        mean, std = (torch.tensor(v).view(-1, *[1] * (len(data.shape) - 1)) for v in (data.mean, data.std))
+        arrays = {f"x_{kind}": (split.x[: QUICK["limit"]] * std + mean).numpy() for kind, split in splits.items()}
         arrays |= {f"y_{kind}": split.y[: QUICK["limit"]].numpy() for kind, split in splits.items()}
         np.savez(path, **arrays)  # type: ignore[arg-type]
     return path
@@ -480,7 +492,9 @@ def _child(root: str, runs: Sequence[str]) -> None:
             "threads": torch.get_num_threads(),
         }
         result["curve"] = {
-            key: [row[key] for row in epochs] for key in ("val_accuracy", "val_loss", "density") if key in epochs[0]
+            key: [row[key] for row in epochs]
+            for key in ("val_accuracy", "val_ssim", "val_loss", "density")
+            if key in epochs[0]
         }
         result["dense_flops"] = end.get("dense_flops") or dense_flops(recipe, Path(root) if root else None)
         write_atomically(folder / "result.json", json.dumps(result).encode())
@@ -521,10 +535,13 @@ def summarise(row: Row, source: str, parts: Sequence[dict[str, Any]]) -> dict[st
         "kept": [end["density"] for end in ends],
         "weights": ends[0]["weights"],
     }
-    for key in ("test_accuracy", "test_loss", "val_accuracy", "val_loss"):
+    for key in ("test_accuracy", "test_ssim", "test_loss", "val_accuracy", "val_ssim", "val_loss"):
         # There is no validation score of a run that never was on target.
         if all(key in end for end in ends) and not (key.endswith("loss") and "test_accuracy" in ends[0]):
             result |= _over_seeds(key, [end[key] for end in ends])
+    for key in ("widths", "full_widths", "skips"):
+        if key in ends[0]:
+            result[key] = [end[key] for end in ends]
     result["seconds"] = [end["seconds"] for end in ends]
     result["dense_flops"] = [part["dense_flops"] for part in parts]
     result["flops"] = [end.get("flops", part["dense_flops"]) for end, part in zip(ends, parts, strict=True)]
@@ -547,7 +564,7 @@ def published(row: Row, source: str) -> dict[str, Any] | None:
         return None
     told = row.published
     result = {"value": told.get("accuracy"), "density": told.get("density"), "source": told.get("source", source)}
-    return result | ({"note": told["note"]} if "note" in told else {})
+    return result | {key: told[key] for key in ("ssim", "note") if key in told}
 
 
 def _over_seeds(key: str, values: list[float]) -> dict[str, Any]:
@@ -646,9 +663,10 @@ def kept(row: dict[str, Any]) -> str:
 
 
 def claim(told: dict[str, Any] | None) -> str:
-    """What was published: "97.90 % at 10.00 %"."""
+    """What was published: "97.90 % at 10.00 %", "SSIM 0.93"."""
     told = told or {}
     parts = [percent(told["value"])] if told.get("value") is not None else []
+    parts += [f"SSIM {told['ssim']:g}"] if told.get("ssim") is not None else []
     parts += [f"at {percent(told['density'])}"] if told.get("density") is not None else []
     return " ".join(parts)
 
@@ -676,17 +694,37 @@ def fine_steps(row: dict[str, Any]) -> str:
     return f"{max(f / (f + c) for f, c in zip(row['fine_steps'], row['coarse_steps'], strict=True)):.1%}"
 
 
+def widths(row: dict[str, Any]) -> str:
+    """The outputs alive per layer, mean over the seeds, where some are not: "296-170-73-107-120-488"."""
+    if "widths" not in row or row["widths"] == row["full_widths"]:
+        return ""
+    return "-".join(f"{statistics.mean(layer):.0f}" for layer in zip(*row["widths"], strict=True))
+
+
+def surviving_skips(row: dict[str, Any]) -> str:
+    """The skips that are not zero, mean over the seeds, of those that there are."""
+    if "skips" not in row:
+        return ""
+    alive = [sum(s != 0 for chain in seed for line in chain["skips"] for s in line) for seed in row["skips"]]
+    sizes = [len(chain["skips"]) for chain in row["skips"][0]]
+    return f"{statistics.mean(alive):.3g} of {sum(size * (size + 1) // 2 for size in sizes)}"
+
+
 #: header → cell of a result row; a table has the columns in which there is something
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "method": lambda row: next((str(row[key]) for key in LABELS if key in row), "?"),
     "asked": lambda row: percent(row["asked"]) if row.get("asked") else "",
     "kept": kept,
     "test accuracy": lambda row: spread(row, "test_accuracy"),
+    "SSIM": lambda row: spread(row, "test_ssim", 1, ""),
     "test loss": lambda row: spread(row, "test_loss", 1, ""),
     "validation": lambda row: spread(row, "val_accuracy"),
+    "validation SSIM": lambda row: spread(row, "val_ssim", 1, ""),
     "published": lambda row: claim(row.get("published")),
     "activations, × per layer": lambda row: spread(row, "activation_factor", 1, ""),
     "gradients, × per layer": lambda row: spread(row, "gradient_factor", 1, ""),
+    "alive per layer": widths,
+    "skips alive": surviving_skips,
     "fine steps": fine_steps,
     "FLOPs (of dense)": work,
     "if zeros were free": lambda row: work(row, "sparse_flops"),
@@ -717,9 +755,13 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def headline(experiment: Experiment) -> Row | None:
-    """The sparse row with the best published accuracy, which stands for the table."""
-    there = [row for row in experiment.rows if "accuracy" in row.published and row.published.get("density", 1) < 1]
-    return max(there, key=lambda row: row.published["accuracy"], default=None)
+    """The sparse row with the best published score, which stands for the table."""
+
+    def score(row: Row) -> float:
+        return row.published.get("accuracy", row.published.get("ssim", -1.0))
+
+    there = [row for row in experiment.rows if score(row) >= 0 and row.published.get("density", 1) < 1]
+    return max(there, key=score, default=None)
 
 
 def overview(experiments: dict[str, Experiment], results: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -730,7 +772,11 @@ def overview(experiments: dict[str, Experiment], results: dict[str, dict[str, An
         if row is not None:
             told = f"{row.method}: {claim(published(row, experiment.source))}"
             mine = next((r for r in results.get(name, {}).get("rows", []) if r.get("method") == row.method), None)
-        ours = f"{spread(mine, 'test_accuracy')} at {kept(mine)}" if mine else ""
+        ours = (
+            f"{spread(mine, 'test_accuracy') or 'SSIM ' + spread(mine, 'test_ssim', 1, '')} at {kept(mine)}"
+            if mine
+            else ""
+        )
         if not ours:
             ours = "see docs/results.md" if name in results else "not yet run"
         lines.append([name, experiment.task, told, ours])
@@ -807,9 +853,9 @@ def write_page(folder: Path, experiments: dict[str, Experiment], results_folder:
     results = read_results(results_folder) if results_folder.is_dir() else {}
     _make_folder(folder)
     if plots:
-        for name in experiments:
+        for name, experiment in experiments.items():
             if name in results:
-                plot(results[name], folder / f"results-{name}.png")
+                plot(results[name], folder / f"results-{name}.png", experiment.picture)
     path = folder / "results.md"
     write_atomically(path, results_page(experiments, results, folder).encode())
     return path
@@ -822,16 +868,27 @@ def page_folder(recipes: Path, out: Path) -> Path:
     return docs if out == recipes.parent / "results" and docs.is_dir() else out
 
 
-def plot(content: dict[str, Any], path: Path) -> None:
-    """A PNG with two panels: accuracy and density over the epochs, or the variances over the layers."""
+def plot(content: dict[str, Any], path: Path, picture: str = "curves") -> None:
+    """A PNG: accuracy and density over the epochs or the variances over the layers, or the architectures found."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise RunError("--plots needs the extra train: pip install 'torch-bregman[train]'.") from None
-    rows = content["rows"]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw = draw_architectures if picture == "architecture" else draw_curves
+        if draw(figure, content["rows"]):
+            write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+
+
+def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
+    """Two panels over the epochs, or over the layers; False where there is nothing to show."""
+    from matplotlib.ticker import MaxNLocator
+
     if any("activations" in row for row in rows):
         panels = [("activations", "E[z²] of the layer", 1.0), ("gradients", "E[(∂L/∂z)²] of the layer", 1.0)]
         x_name = "layer"
@@ -843,28 +900,24 @@ def plot(content: dict[str, Any], path: Path) -> None:
             key: [(r["method"], r["curve"][key]) for r in rows if key in r.get("curve", {})] for key, _, _ in panels
         }
     if not any(lines.values()):
-        return
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
-        FigureCanvasAgg(figure)
-        for axes, (key, title, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-            for i, (label, values) in enumerate(lines[key]):
-                start = 1 if x_name == "layer" else 0
-                axes.plot(range(start, start + len(values)), [scale * value for value in values], lw=1.3,
-                          color=f"C{i % 10}", ls=("-", "--", ":")[i // 10 % 3], label=label)  # fmt: skip
-            axes.set_xlabel(x_name)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.set_ylabel(title)
-            axes.grid(color="#e2e6ea")
-            if key == "val_accuracy" and lines[key]:
-                last = [scale * values[-1] for _, values in lines[key]]
-                low = min(last)
-                axes.set_ylim(max(0.0, low - max(3.0, 0.5 * (max(last) - low))), max(last) + 1)  # epoch 0 is at chance
-            else:
-                axes.set_yscale("log")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-        write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+        return False
+    for axes, (key, title, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+        for i, (label, values) in enumerate(lines[key]):
+            start = 1 if x_name == "layer" else 0
+            axes.plot(range(start, start + len(values)), [scale * value for value in values], lw=1.3,
+                      color=f"C{i % 10}", ls=("-", "--", ":")[i // 10 % 3], label=label)  # fmt: skip
+        axes.set_xlabel(x_name)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_ylabel(title)
+        axes.grid(color="#e2e6ea")
+        if key == "val_accuracy" and lines[key]:
+            last = [scale * values[-1] for _, values in lines[key]]
+            low = min(last)
+            axes.set_ylim(max(0.0, low - max(3.0, 0.5 * (max(last) - low))), max(last) + 1)  # epoch 0 is at chance
+        else:
+            axes.set_yscale("log")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    return True
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from torch import nn
 
 from ..choices import choose
 from .resnet import resnet18
+from .shapes import Shape, image_shape
+from .skip import densenet, skipencoder
 
-Shape = tuple[int, ...]
 Build = Callable[[Shape, int], nn.Module]
 
 
@@ -61,14 +62,10 @@ def autoencoder(shape: Shape, classes: int) -> nn.Module:
     return Autoencoder(shape)
 
 
-def image_shape(model: str, shape: Shape) -> tuple[int, int, int]:
-    """(channels, height, width), or ValueError where a sample is no image."""
-    if len(shape) != 3:
-        raise ValueError(f"Model {model!r} needs images [channels, height, width]; the samples have shape {shape}.")
-    return shape[0], shape[1], shape[2]
-
-
-MODELS: dict[str, Build] = {"mlp": mlp, "convnet": convnet, "resnet18": resnet18, "autoencoder": autoencoder}
+MODELS: dict[str, Build] = {
+    "mlp": mlp, "convnet": convnet, "resnet18": resnet18, "autoencoder": autoencoder, "skipencoder": skipencoder,
+    "densenet": densenet,
+}  # fmt: skip
 
 
 def build(name: str, shape: Shape, classes: int) -> nn.Module:

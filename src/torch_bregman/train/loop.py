@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import threading
 import time
 import warnings
@@ -29,6 +30,7 @@ from ..density import sparsity_report
 from ..init import sparse_init_
 from ..layers import weight_layers
 from ..models import build
+from ..models.skip import skips
 from ..multilevel import Multilevel
 from ..report import weight_pattern
 from ..report.words import near
@@ -46,11 +48,13 @@ from .recipe import (
     make_rival,
     make_schedule,
 )
+from .ssim import similarity_on
 
 SAVE_EVERY = 5.0  # seconds between checkpoints, or more:
 SAVE_SHARE = 0.05  # they take no more than this share of the time, however large the network
 LOOK_EVERY = 0.25  # seconds between looks at the loss, each of which waits for the device
 EVALUATION_BATCH = 1000
+SSIM_IMAGES = 1000  # of the validation data in every epoch; of the test data all
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -109,6 +113,7 @@ def fit(
             return F.mse_loss(model(x + noise_scale * torch.randn(x.shape, device=device, generator=noise)), x)
         return F.cross_entropy(model(x), y)
 
+    similarity = similarity_on(data) if task == "denoise" else None
     noise_scale = recipe.noise / torch.tensor(data.std, device=device).view(-1, *[1] * (len(data.shape) - 1))
     losses = torch.full((steps_per_epoch,), math.nan, device=device)
     rows: list[dict[str, Any]] = []
@@ -178,7 +183,7 @@ def fit(
 
         with stop_signals() as stopping:
             if not rows:
-                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout)
+                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, similarity, SSIM_IMAGES)
                 rows.append(measure(0, None, scores, model, optimizer, recipe, 0.0, 0.0))
                 metrics.add(rows[0])
                 keep_patterns(run, "start", model)
@@ -219,7 +224,7 @@ def fit(
 
                 train_loss = finite(losses, epoch, steps_per_epoch, checkpoint).mean().item()
                 seconds = time.perf_counter() - epoch_began
-                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout)
+                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, similarity, SSIM_IMAGES)
                 rate = recipe.batch_size * (i - done) / max(seconds, 1e-9)
                 row = measure(epoch, train_loss, scores, model, optimizer, recipe, seconds, rate) | work(levels)
                 rows.append(row)
@@ -245,17 +250,23 @@ def fit(
     if best:
         load_model(run / "best.safetensors", model)
     keep_patterns(run, "end", model)
-    scores = evaluate(model, data.test, task, noise_scale, mixed, layout)  # the one time the test data are touched
-    kept, size = sparsity_report(model).weights
+    # The one time the test data are touched.
+    scores = evaluate(model, data.test, task, noise_scale, mixed, layout, similarity, len(data.test))
+    report = sparsity_report(model)
+    kept, size = report.weights
     end = {
         "event": "end",
         "asked_density": recipe.density, "density": kept / size, "kept": kept, "weights": size,
         **{name.replace("val_", "test_"): value for name, value in scores.items()},
         **{name: value for name, value in best.items() if name.startswith("val_")},
+        "widths": [layer.outputs[0] for layer in report.layers],
+        "full_widths": [layer.outputs[1] for layer in report.layers],
         "best_epoch": best.get("epoch"), "lam": rows[-1]["lam"], "seconds": round(seconds, 3), "note": data.note,
         **work(levels),
         "sparse_flops": sparse_flops(model, data.train.x[:1], len(data.train) * recipe.epochs, rows, rival, levels),
     }  # fmt: skip
+    if gates := skips(model):
+        end["skips"] = gates
     if levels:
         end["choices"] = levels.report.rows()
     metrics.add(end)
@@ -305,19 +316,27 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, task: str, noise_scale: Tensor, mixed: Callable[[], Any], layout: dict[str, Any]
-) -> dict[str, float]:
-    """val_loss, and val_accuracy where there are classes. In eval mode, so that norms keep their statistics."""
+    model: nn.Module, split: Split, task: str, noise_scale: Tensor, mixed: Callable[[], Any], layout: dict[str, Any],
+    similarity: Callable[[Tensor, Tensor], list[float]] | None = None, images: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """val_loss; val_accuracy where there are classes; with `similarity` the mean val_ssim of the first `images`.
+
+    In eval mode, so that norms keep their statistics.
+    """
     training = model.training
     model.eval()
     loss = torch.zeros((), device=split.x.device)
     correct = torch.zeros((), device=split.x.device)
+    alike: list[float] = []
     generator = torch.Generator(split.x.device).manual_seed(0)  # the same noise in every epoch
     for x, y in Batches(split, EVALUATION_BATCH):
         with mixed():
             if task == "denoise":
                 noise = torch.randn(x.shape, device=x.device, generator=generator)
-                loss += F.mse_loss(model(x + noise_scale * noise), x) * len(x)
+                made = model(x + noise_scale * noise)
+                loss += F.mse_loss(made, x) * len(x)
+                if similarity is not None and (room := images - len(alike)) > 0:
+                    alike += similarity(made[:room], x[:room])
             else:
                 out = model(x.contiguous(**layout) if layout else x)
                 loss += F.cross_entropy(out, y, reduction="sum")
@@ -326,6 +345,8 @@ def evaluate(
     scores = {"val_loss": loss.item() / len(split)}
     if task != "denoise":
         scores["val_accuracy"] = correct.item() / len(split)
+    if alike:
+        scores["val_ssim"] = statistics.fmean(alike)
     return scores
 
 

@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "gmp": 1e-3, "set": 1e-3, "rigl": 1e-3, "lasso": 1e-3,
 }  # fmt: skip
 AUGMENT = {"mnist": "shift", "fashion-mnist": "shift", "cifar10": "crop-flip"}
+DENOISERS = ("autoencoder", "skipencoder")  # models that are not trained on shifted images
 DENSE = ("adam", "sgd")
 RIVALS = ("gmp", "set", "rigl", "lasso")  # Adam, with a rival of `rivals` that makes the network sparse
 REGULARIZERS = ("l1", "nonnegative-l1", "group-l1", "sparse-group-l1", "nuclear")
@@ -43,8 +44,8 @@ class Recipe:
     """digits, mnist, fashion-mnist, cifar10, or a path: an .npz with your arrays, or a folder of images."""
 
     model: str = "auto"
-    """mlp, convnet, resnet18, autoencoder, or package.module:function of your own, called with (shape, classes). auto:
-    resnet18 for cifar10, mlp for the rest."""
+    """mlp, convnet, resnet18, autoencoder, skipencoder, densenet, or package.module:function of your own, called with
+    (shape, classes). auto: resnet18 for cifar10, mlp for the rest."""
 
     density: float | None = None
     """Share of the Linear and Conv weights to keep, 0.05 for 5 %. The run ends exactly there. [0.05 unless --lam]"""
@@ -115,7 +116,7 @@ class Recipe:
     fashion-mnist, crop-flip for cifar10, none for the rest."""
 
     noise: float = 0.05
-    """Autoencoder: standard deviation of the noise that is added to the pixels, which lie in [0, 1]."""
+    """autoencoder, skipencoder: standard deviation of the noise that is added to the pixels, which lie in [0, 1]."""
 
     limit: int | None = None
     """Use only so many training samples, for a quick look."""
@@ -138,9 +139,8 @@ class Recipe:
         if self.model == "auto":
             own["model"] = "resnet18" if self.dataset == "cifar10" else "mlp"
         if self.augment == "auto":
-            own["augment"] = (
-                AUGMENT.get(self.dataset, "none") if own.get("model", self.model) != "autoencoder" else "none"
-            )
+            denoises = own.get("model", self.model) in DENOISERS
+            own["augment"] = "none" if denoises else AUGMENT.get(self.dataset, "none")
         if self.density is None and self.lam is None and self.optimizer not in DENSE:
             own["density"] = 0.05
         if self.lam is None and self.optimizer == "proxsgd":
@@ -264,7 +264,13 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adam(model.parameters(), lr, eps=recipe.eps, weight_decay=recipe.weight_decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
-    groups = param_groups(model, make_regularizer(recipe), recipe.lam or 0.0)
+    # What a model asks for beside its Linear and Conv weights, as the scalar skips of models/skip.py.
+    penalties: dict[str, tuple[Regularizer, float]] = getattr(model, "penalties", {})
+    groups = param_groups(
+        model,
+        {pattern: regularizer for pattern, (regularizer, _) in penalties.items()} | make_regularizer(recipe),
+        {pattern: lam for pattern, (_, lam) in penalties.items()} | {"*": recipe.lam or 0.0},
+    )
     if recipe.optimizer == "adabreg":
         return AdaBreg(groups, lr, eps=recipe.eps, delta=recipe.delta, weight_decay=recipe.weight_decay)
     if recipe.optimizer == "linbreg":
