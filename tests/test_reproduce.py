@@ -260,6 +260,13 @@ def test_mean_and_std_are_those_of_the_sample():
     assert "±" not in tables.describe(tables.summarise(tables.Row("m", {}), "s", [part(0.9)]))
 
 
+def test_linear_weights_and_kernels_are_shown_apart():
+    row = {"options": {"groups": "kernels"}, "kept_linear": [0.03, 0.04], "kept_kernels": [0.02, 0.02]}
+    assert tables.COLUMNS["Linear / kernels kept"](row) == "3.50 % / 2.00 %"
+    assert tables.COLUMNS["Linear / kernels kept"](row | {"options": {}}) == ""
+    assert tables.COLUMNS["Linear / kernels kept"](row | {"kept_kernels": [None, None]}) == ""
+
+
 def test_a_run_that_was_never_on_target_has_no_validation_score():
     off = part(0.8)
     del off["end"]["val_accuracy"], off["end"]["val_loss"]

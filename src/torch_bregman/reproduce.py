@@ -539,7 +539,7 @@ def summarise(row: Row, source: str, parts: Sequence[dict[str, Any]]) -> dict[st
         # There is no validation score of a run that never was on target.
         if all(key in end for end in ends) and not (key.endswith("loss") and "test_accuracy" in ends[0]):
             result |= _over_seeds(key, [end[key] for end in ends])
-    for key in ("widths", "full_widths", "skips"):
+    for key in ("widths", "full_widths", "skips", "kept_linear", "kept_kernels"):
         if key in ends[0]:
             result[key] = [end[key] for end in ends]
     result["seconds"] = [end["seconds"] for end in ends]
@@ -662,6 +662,14 @@ def kept(row: dict[str, Any]) -> str:
     return ", ".join(dict.fromkeys(percent(share) for share in row.get("kept", [])))
 
 
+def kept_kinds(row: dict[str, Any]) -> str:
+    """With groups of kernels, the shares of the Linear weights and of the kernels, means over the seeds."""
+    shares = [row.get(key) or [None] for key in ("kept_linear", "kept_kernels")]
+    if row.get("options", {}).get("groups") != "kernels" or any(None in share for share in shares):
+        return ""
+    return " / ".join(percent(statistics.mean(share)) for share in shares)
+
+
 def claim(told: dict[str, Any] | None) -> str:
     """What was published: "97.90 % at 10.00 %", "SSIM 0.93"."""
     told = told or {}
@@ -715,6 +723,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "method": lambda row: next((str(row[key]) for key in LABELS if key in row), "?"),
     "asked": lambda row: percent(row["asked"]) if row.get("asked") else "",
     "kept": kept,
+    "Linear / kernels kept": kept_kinds,
     "test accuracy": lambda row: spread(row, "test_accuracy"),
     "SSIM": lambda row: spread(row, "test_ssim", 1, ""),
     "test loss": lambda row: spread(row, "test_loss", 1, ""),

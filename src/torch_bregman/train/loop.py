@@ -261,6 +261,8 @@ def fit(
         **{name: value for name, value in best.items() if name.startswith("val_")},
         "widths": [layer.outputs[0] for layer in report.layers],
         "full_widths": [layer.outputs[1] for layer in report.layers],
+        "kept_linear": share([layer.weights for layer in report.layers if len(layer.shape) == 2]),
+        "kept_kernels": share([report.kernels]),
         "best_epoch": best.get("epoch"), "lam": rows[-1]["lam"], "seconds": round(seconds, 3), "note": data.note,
         **work(levels),
         "sparse_flops": sparse_flops(model, data.train.x[:1], len(data.train) * recipe.epochs, rows, rival, levels),
@@ -412,6 +414,12 @@ def sparse_flops(
         return training_flops(forward, {}, samples)
     coarse = levels.counts["coarse"] / levels.counts.total() if levels is not None else 0.0
     return training_flops(forward, densities, samples, round(samples * (1 - coarse)))
+
+
+def share(counts: list[tuple[int, int]]) -> float | None:
+    """What is alive of all; None where there is nothing."""
+    size = sum(size for _, size in counts)
+    return sum(alive for alive, _ in counts) / size if size else None
 
 
 def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path) -> Tensor:
