@@ -33,6 +33,10 @@ def draw_architectures(figure: Figure, rows: list[dict[str, Any]]) -> bool:
         _draw(axes, row)
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
+    told = "outputs alive of each layer, mean and range over the seeds; grey: all"
+    if any("skips" in row for row in shown):
+        told += "; arcs: skips that survived, pale where in few seeds"
+    figure.supxlabel(told, fontsize=8, color=MUTED)
     return True
 
 
