@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import kernels
+from ..distributed import PLAIN, Shards, is_sharded, local
 from ..regularizers import Grouped, Regularizer, broadcasts
 from . import compiled, fused
 from .compiled import dual_dtype
@@ -128,6 +129,7 @@ class BregmanOptimizer(Optimizer):
     def _forget(self) -> None:
         """Parameters or their state may have been exchanged."""
         self._plans: dict[int, Any] = {}  # what the fused step knows about each group
+        self._on_shards: dict[Tensor, Regularizer | None] = {}  # J on this rank's part of each DTensor
         self._known: list[int] = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,13 +285,35 @@ class BregmanOptimizer(Optimizer):
     def _update(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
     ) -> None:
-        states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
-            self._follow(p, state, group, reg)
+        own = [self._own(p, reg) for p in params]
+        states = [state for _, state, _ in own]
+        for part, state, on_part in own:
+            self._follow(part, state, group, on_part)
         self._descend([state["dual"] for state in states], grads, states, group)
+        for part, state, on_part in own:
+            if not self._waits(state, on_part):
+                self._write(part, state, group, on_part)
+        self._keep(params, states)
+
+    def _own(self, p: Tensor, reg: Regularizer | None) -> tuple[Tensor, dict[str, Any], Regularizer | None]:
+        """What this rank holds of `p`: its part, with its state and J on it. `_keep` afterwards what became of them."""
+        if not is_sharded(p):
+            return p, self.state[p], reg
+        if p not in self._on_shards:
+            self._on_shards[p] = None if reg is None else reg.on_shards(Shards.of(p))
+        state = {k: local(x) if isinstance(x, Tensor) else x for k, x in self.state[p].items()}
+        return local(p), state, self._on_shards[p]
+
+    def _keep(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        """Take over the states of parts, where what is shaped like the weight is kept as a DTensor like it."""
         for p, state in zip(params, states, strict=True):
-            if not self._waits(state, reg):
-                self._write(p, state, group, reg)
+            if is_sharded(p):
+                held = self.state[p]
+                for name, x in state.items():
+                    if name in PLAIN:
+                        held[name] = x
+                    elif name not in held or local(held[name]) is not x:
+                        held[name] = Shards.of(p).wrap(x)
 
     def _descend(
         self, duals: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
@@ -311,11 +335,14 @@ class BregmanOptimizer(Optimizer):
         return grad
 
     def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        grad = self._check_gradient(p).to(dual_dtype(p))
+        grad = self._check_gradient(p)
+        if is_sharded(p):  # tensor parallelism may leave sums to be taken
+            grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+        grad = local(grad).to(dual_dtype(p))
         if group["maximize"]:
             grad = -grad
         if group["weight_decay"] != 0:
-            grad = grad.add(p, alpha=group["weight_decay"])  # coupled: after the prox it would be overwritten
+            grad = grad.add(local(p), alpha=group["weight_decay"])  # coupled: after the prox it would be overwritten
         return grad
 
     def _start(self) -> None:
@@ -329,16 +356,18 @@ class BregmanOptimizer(Optimizer):
                     raise RuntimeError(f"{type(self).__name__} does not support complex parameters.")
                 if self.state[p]:
                     raise ValueError("The loaded `state_dict` has no `dual`: it was not saved by a Bregman optimizer.")
-                weight = p.detach().to(dual_dtype(p))
+                part, state, on_part = self._own(p, reg)
+                weight = part.detach().to(dual_dtype(p))
                 dual = weight / group["delta"]
-                if reg is not None:
-                    dual = dual + group["lam"] * reg.subgradient(weight)
+                if on_part is not None:
+                    dual = dual + group["lam"] * on_part.subgradient(weight)
                     if p.numel() and not p.is_meta:
-                        fresh.append((tuple(p.shape), reg.alive(weight)))
-                self.state[p]["dual"] = torch.empty_like(p, dtype=dual_dtype(p)).copy_(dual)
-                self._remember(self.state[p], group)
-                if reg is not None and reg.costly and not p.is_meta:
-                    self.state[p].update(written=checksum(p), waiting=0)
+                        fresh.append((tuple(p.shape), _share_alive(p, on_part, weight)))
+                state["dual"] = torch.empty_like(part, dtype=dual_dtype(p)).copy_(dual)
+                self._remember(state, group)
+                if on_part is not None and on_part.costly and not p.is_meta:
+                    state.update(written=checksum(part, on_part), waiting=0)
+                self._keep([p], [state])
         if fresh:
             _warn_if_dense(fresh)
 
@@ -353,7 +382,7 @@ class BregmanOptimizer(Optimizer):
         p.copy_(primal(state["dual"], reg, group["lam"], group["delta"]))
         self._remember(state, group)
         if reg is not None and reg.costly:
-            state["written"], state["waiting"] = checksum(p), 0
+            state["written"], state["waiting"] = checksum(p, reg), 0
 
     def _waits(self, state: dict[str, Any], reg: Regularizer | None) -> bool:
         """Whether this step leaves θ, because its prox is taken at every `prox_every`-th step only."""
@@ -367,7 +396,8 @@ class BregmanOptimizer(Optimizer):
         if p.is_meta:
             return
         if "written" in state:
-            now = checksum(p)
+            assert reg is not None
+            now = checksum(p, reg)
             if bool(now == state["written"]):
                 return
             state["written"] = now
@@ -375,13 +405,13 @@ class BregmanOptimizer(Optimizer):
             changed = torch.ones_like(p, dtype=torch.bool)
         else:
             expected = primal(state["dual"], reg, state["lam"], state["delta"]).to(p.dtype)
-            if p.device.type == "cpu" and torch.equal(expected, p):
+            if p.device.type == "cpu" and not _anywhere(not torch.equal(expected, p), reg):
                 return  # elsewhere looking would wait for the device, so the same arithmetic runs masked
             changed = expected != p
             if isinstance(reg, Grouped):  # a norm may have been added up in another order
                 rounding = 64 * torch.finfo(state["dual"].dtype).eps * state["delta"] * state["dual"].abs()
                 changed &= ~((expected - p).abs() <= rounding)
-                if p.device.type == "cpu" and not bool(changed.any()):
+                if p.device.type == "cpu" and not _anywhere(bool(changed.any()), reg):
                     return
         self._set_dual(p.to(state["dual"].dtype), changed, state, group, reg)
 
@@ -395,10 +425,9 @@ class BregmanOptimizer(Optimizer):
             return
         held = dual - primal(dual, reg, state["lam"], state["delta"]) / state["delta"]
         eps, tiny = torch.finfo(dual.dtype).eps, torch.finfo(dual.dtype).tiny
+        most = held.abs().amax() if held.numel() else held.sum()
         # Where λ is tiny or zero all memory is out of reach; it must not become infinite.
-        near = held / torch.as_tensor(lam, dtype=dual.dtype, device=dual.device).clamp_min(
-            (eps * held.abs().amax()).clamp_min(tiny)
-        )
+        near = held / torch.as_tensor(lam, dtype=dual.dtype, device=dual.device).clamp_min((eps * most).clamp_min(tiny))
         # A hair inside, so that rounding does not lift an entry that was set to zero over the threshold.
         p = (1 - 4 * eps * (weight == 0).to(dual.dtype)) * reg.nearest_subgradient(weight, near)
         dual.copy_(torch.where(reg.coupled(changed), weight / delta + lam * p, dual))
@@ -421,8 +450,10 @@ class BregmanOptimizer(Optimizer):
                     self._pass(plan, "HOLD", group, reg)
                 continue
             for p in params:
-                self._follow(p, self.state[p], group, reg)
-                self._write(p, self.state[p], group, reg)
+                part, state, on_part = self._own(p, reg)
+                self._follow(part, state, group, on_part)
+                self._write(part, state, group, on_part)
+                self._keep([p], [state])
 
 
 def primal(dual: Tensor, reg: Regularizer | None, lam: float | Tensor, delta: float | Tensor) -> Tensor:
@@ -433,10 +464,22 @@ def primal(dual: Tensor, reg: Regularizer | None, lam: float | Tensor, delta: fl
     return weight if isinstance(delta, float | int) and delta == 1 else weight * delta
 
 
-def checksum(p: Tensor) -> Tensor:
-    """The sum of the bits of `p`, the same on every machine and for every order of summation."""
+def checksum(p: Tensor, reg: Regularizer) -> Tensor:
+    """The sum of the bits of `p`, the same on every machine and for every order of summation and number of ranks."""
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[p.element_size()]
-    return p.detach().view(bits).sum(dtype=torch.int64)
+    found = p.detach().view(bits).sum(dtype=torch.int64)
+    return found if reg.shards is None else reg.shards.sum(found)
+
+
+def _anywhere(here: bool, reg: Regularizer | None) -> bool:
+    """Whether it is so here, or on any rank that the prox waits for: all of them must go the same way."""
+    return here if reg is None or reg.shards is None else bool(reg.shards.sum(torch.tensor(int(here))))
+
+
+def _share_alive(p: Tensor, reg: Regularizer, weight: Tensor) -> Tensor:
+    """The share of `p` that is alive, from the parts of all ranks; `reg` and `weight` are those of this one."""
+    share = reg.alive(weight)
+    return Shards.of(p).sum(share * weight.numel() / p.numel()) if is_sharded(p) else share
 
 
 def check_regularizer(regularizer: Any) -> None:

@@ -57,11 +57,14 @@ class ProxSGD(BregmanOptimizer):
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
     ) -> None:
         lr = as_float(group["lr"])
+        own = [self._own(p, reg) for p in params]
         if group["momentum"] != 0:
-            grads = sgd_direction(grads, [self.state[p] for p in params], group)
-        weights = torch._foreach_add([p.to(g.dtype) for p, g in zip(params, grads, strict=True)], grads, alpha=-lr)
-        for p, weight in zip(params, weights, strict=True):
-            p.copy_(weight if reg is None else reg.prox(weight, lr * group["lam"]))
+            states = [state for _, state, _ in own]
+            grads = sgd_direction(grads, states, group)
+            self._keep(params, states)
+        weights = torch._foreach_add([p.to(g.dtype) for (p, _, _), g in zip(own, grads, strict=True)], grads, alpha=-lr)
+        for (p, _, on_p), weight in zip(own, weights, strict=True):
+            p.copy_(weight if on_p is None else on_p.prox(weight, lr * group["lam"]))
 
     def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
         return arm(plan, group)

@@ -1,0 +1,172 @@
+"""Small trainings that give the same weights on one process and on several; test_distributed.py and
+benchmarks/distributed.py start them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import torch_bregman as tb
+from torch_bregman.distributed import Shards, is_sharded, local
+
+BATCH = 8
+
+REGULARIZERS = {
+    "l1": tb.L1(),
+    "nonnegative": tb.NonNegativeL1(),
+    "rows, kernels": {nn.Linear: tb.GroupL1("rows"), nn.Conv2d: tb.GroupL1("kernels")},
+    "columns, filters": {nn.Linear: tb.GroupL1("columns"), nn.Conv2d: tb.GroupL1("filters")},
+    "columns, channels": {nn.Linear: tb.GroupL1("columns"), nn.Conv2d: tb.GroupL1("channels")},
+    "sparse rows, kernels": {nn.Linear: tb.SparseGroupL1("rows"), nn.Conv2d: tb.SparseGroupL1("kernels")},
+    "sparse rows, filters": {nn.Linear: tb.SparseGroupL1("rows"), nn.Conv2d: tb.SparseGroupL1("filters")},
+    "sparse columns, channels": {nn.Linear: tb.SparseGroupL1("columns"), nn.Conv2d: tb.SparseGroupL1("channels")},
+    "nuclear": tb.NuclearNorm(),
+    "nuclear, every 5": tb.NuclearNorm(prox_every=5),
+}
+
+
+class Case(NamedTuple):
+    optimizer: str
+    regularizer: str
+    dtype: torch.dtype = torch.float64
+    steps: int = 20
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Convolutions and Linear layers with 5, 3, 7 and 2 rows, which no number of ranks divides."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.Tanh(), nn.Conv2d(5, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 7), nn.Tanh(),
+        nn.Linear(7, 2),
+    )  # fmt: skip
+    return tb.sparse_init_(model, 0.3, generator=torch.Generator().manual_seed(1), nonlinearity="tanh").to(dtype)
+
+
+def batch(step: int, part: int, parts: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its share of the global batch of this step, for one of `parts` equal parts."""
+    numbers = torch.Generator().manual_seed(step % 5)
+    x = torch.randn(BATCH, 2, 6, 6, generator=numbers, dtype=dtype)
+    y = torch.stack([x[:, 0].mean((1, 2)), x[:, 1, 0, 0]], 1)
+    share = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+    return x[share], y[share]
+
+
+def place(model: nn.Module, how: str) -> tuple[nn.Module, int, int]:
+    """The model as one of "one", "ddp", "fsdp", "hsdp", and which part of how many of the data is this rank's."""
+    if how == "one":
+        return model, 0, 1
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model), rank, world
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    shape = (2, world // 2) if how == "hsdp" else (world,)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    return fully_shard(model, mesh=mesh), rank, world
+
+
+def make(case: Case, model: nn.Module) -> tb.optim.BregmanOptimizer:
+    lam = {"nuclear": 0.3, "nuclear, every 5": 0.3}.get(case.regularizer, 0.1)
+    groups = tb.param_groups(model, REGULARIZERS[case.regularizer], lam=lam)
+    if case.optimizer == "LinBreg":
+        return tb.LinBreg(groups, lr=0.1, momentum=0.9, momentum_rule="sgd", weight_decay=1e-3)
+    if case.optimizer == "AdaBreg":
+        return tb.AdaBreg(groups, lr=5e-3, delta=1.5)
+    return tb.ProxSGD(groups, lr=0.05, momentum=0.5)
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    return (Shards.of(t).whole(local(t).detach()) if is_sharded(t) else t.detach()).clone()
+
+
+@torch.no_grad()
+def halve_first_row(model: nn.Module) -> None:
+    """An edit from outside that only the rank which holds the first rows sees."""
+    for p in model.parameters():
+        factor = torch.ones(p.shape, dtype=p.dtype)
+        factor[0] = 0.5
+        local(p).mul_(Shards.of(p).part(factor) if is_sharded(p) else factor)
+
+
+def train(model: nn.Module, optimizer, steps: range, part: int, parts: int, control=None) -> None:
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        x, y = batch(step, part, parts, dtype)
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+        if control is not None:
+            control.step()
+
+
+def run(case: Case, how: str) -> dict[str, torch.Tensor]:
+    """Weights and duals after the training, as whole tensors."""
+    inner = network(case.dtype)
+    model, part, parts = place(inner, how)
+    optimizer = make(case, inner)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*start more than half dense" if "nuclear" in case.regularizer else "^$")
+        train(model, optimizer, range(case.steps // 2), part, parts)
+    halve_first_row(inner)
+    train(model, optimizer, range(case.steps // 2, case.steps), part, parts)
+    return results(inner, optimizer)
+
+
+def results(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
+    found = {name: whole(p) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        for key, x in optimizer.state[p].items():
+            found[f"{name}: {key}"] = whole(x) if isinstance(x, torch.Tensor) else torch.tensor(x)
+    return found
+
+
+def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest difference relative to the largest entry of its tensor; infinite where a support differs."""
+    assert ours.keys() == theirs.keys()
+    worst = 0.0
+    for name, a in ours.items():
+        b = theirs[name]
+        if ": " not in name and not torch.equal(a != 0, b != 0):
+            return float("inf")
+        if "written" not in name:  # sums of bits
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
+    return worst
+
+
+# ---------------------------------------------------------------------- processes
+
+
+def start(work, world: int, folder: Path, *args, timeout: float = 240) -> list:
+    """What `work(*args)` returns on each of `world` ranks. A rank that fails shows its traceback."""
+    folder.mkdir(parents=True, exist_ok=True)
+    context = mp.spawn(_rank, (world, folder, work, args), nprocs=world, join=False)
+    end = time.monotonic() + timeout
+    try:
+        while not context.join(timeout=5):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{work.__name__} on {world} ranks took over {timeout} s.")
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def _rank(rank: int, world: int, folder: Path, work, args) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    torch.save(work(*args), folder / f"{rank}.pt")
+    dist.destroy_process_group()
