@@ -144,6 +144,37 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
     return worst
 
 
+def controlled(name: str, how: str) -> dict[str, torch.Tensor]:
+    """A training with a `TargetDensity`: weights, λ after every step, the density at the end."""
+    reg, mode, lam = {
+        "exact": (tb.L1(), "exact", 0.0),
+        "feedback": (tb.L1(), "feedback", 0.05),
+        "groups": (REGULARIZERS["columns, channels"], "exact", 0.02),
+        "sparse groups": (REGULARIZERS["sparse columns, channels"], "feedback", 0.0),
+        "prune": (tb.L1(), "feedback", 1e-3),
+    }[name]
+    inner = network()
+    model, part, parts = place(inner, how)
+    groups = tb.param_groups(inner, reg, lam=lam)
+    optimizer = tb.ProxSGD(groups, lr=0.05) if name == "prune" else tb.AdaBreg(groups, lr=5e-3)
+    control = tb.TargetDensity(optimizer, 0.4 if name == "groups" else 0.2, mode, total_steps=20, every=3)
+    lams = []
+    for step in range(20):
+        train(model, optimizer, range(step, step + 1), part, parts, control)
+        lams.append(optimizer.param_groups[0]["lam"])
+    found = {name: whole(p) for name, p in inner.named_parameters()}
+    return {**found, ": lam": torch.tensor(lams), ": density": torch.tensor([control.density, tb.density(inner)])}
+
+
+def initialised(groups: str | None, how: str) -> dict:
+    """`sparse_init_` of a model that is placed already, and its report."""
+    inner = network()
+    place(inner, how)
+    tb.sparse_init_(inner, 0.2, groups, torch.Generator().manual_seed(7))
+    weights = {name: whole(p) for name, p in inner.named_parameters()}
+    return {"weights": weights, "report": str(tb.sparsity_report(inner, rank=True)), "density": tb.density(inner)}
+
+
 # ---------------------------------------------------------------------- processes
 
 

@@ -6,6 +6,10 @@ norms of groups are summed over the ranks that hold the group, and a nuclear nor
 
 from __future__ import annotations
 
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +27,25 @@ PLAIN = frozenset({"step", "lam", "delta", "written", "waiting"})
 
 def is_sharded(t: Tensor) -> bool:
     """Whether `t` is a DTensor."""
-    if type(t) is Tensor or type(t) is Parameter or not torch.distributed.is_available():
+    if type(t) is Tensor or type(t) is Parameter:
         return False
-    from torch.distributed.tensor import DTensor  # here, for it takes as long to import as everything else together
-
-    return isinstance(t, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # takes as long to import as all the rest of torch
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def local(t: Tensor) -> Tensor:
     """The part of a DTensor that this rank holds, sharing its memory; any other tensor as it is."""
     return t._local_tensor if is_sharded(t) else t  # type: ignore[attr-defined]
+
+
+def whole(t: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """`of(t)`, entry by entry, on every rank also where `t` is a DTensor."""
+    return Shards.of(t).whole(of(local(t))) if is_sharded(t) else of(t)
+
+
+def assign(t: Tensor, values: Tensor) -> None:
+    """`t.copy_(values)`, where every rank has all the values and a DTensor takes its part of them."""
+    local(t).copy_(Shards.of(t).part(values) if is_sharded(t) else values)
 
 
 @dataclass(frozen=True)
@@ -96,3 +109,75 @@ class Shards:
 
         everywhere = DTensor.from_local(whole, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         return everywhere.redistribute(placements=self.placements)._local_tensor
+
+
+def _together(tensors: Sequence[Tensor]) -> list[tuple[Shards | None, list[int]]]:
+    """Which tensors can share a sum over ranks: how they are cut (None: not at all), and their numbers."""
+    found: dict[Any, tuple[Shards | None, list[int]]] = {}
+    for i, t in enumerate(tensors):
+        shards = Shards.of(t) if is_sharded(t) else None
+        key = None if shards is None else (shards.mesh, shards.across)
+        found.setdefault(key, (shards, []))[1].append(i)
+    return list(found.values())
+
+
+def sum_over_parts(counts: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The sums over all ranks of `counts`, where entry i was counted in this rank's part of tensor i; in place."""
+    for shards, numbers in _together(tensors):
+        if shards is not None:
+            counts[numbers] = shards.sum(counts[numbers])
+    return counts
+
+
+class Spread:
+    """Values ≥ 0 of which every rank holds those of its parts of some tensors. All answers are the same on all ranks.
+
+    `values`: of the entries of this rank's part of each of the `tensors`, flat.
+    """
+
+    def __init__(self, values: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        self.dtype = functools.reduce(torch.promote_types, [v.dtype for v in values])
+        self.size = sum(t.numel() for t in tensors)
+        self._held = [
+            # Zero is added for −0, whose bits are those of a large number.
+            (shards, torch.cat([values[i].to(self.dtype) for i in numbers]) + 0.0)
+            for shards, numbers in _together(tensors)
+        ]
+
+    def kth_largest(self, k: int) -> tuple[float, int, int]:
+        """The k-th largest value, exactly; how many are larger, and how many are equal to it."""
+        # Such floats sort as their bits do, so that counting finds 16 bits of the answer at a time.
+        size, found, larger, equal = self.dtype.itemsize, 0, 0, 0
+        whole = {4: torch.int32, 8: torch.int64}[size]
+        bits = [(shards, values.view(whole)) for shards, values in self._held]
+        for shift in range(8 * size - 16, -1, -16):
+            slots = [(b >> shift) & 0xFFFF for _, b in bits]
+            counts = torch.zeros(1 << 16, dtype=torch.int64)
+            for (shards, _), slot in zip(bits, slots, strict=True):
+                here = torch.bincount(slot, minlength=1 << 16)
+                counts += (here if shards is None else shards.sum(here)).cpu()
+            at_least = counts.flip(0).cumsum(0).flip(0)
+            at = int((at_least >= k - larger).sum()) - 1
+            equal = int(counts[at])
+            larger += int(at_least[at]) - equal
+            found = found << 16 | at
+            bits = [(shards, b[slot == at]) for (shards, b), slot in zip(bits, slots, strict=True)]
+        return torch.tensor(found, dtype=whole).view(self.dtype).item(), larger, equal
+
+    def largest_below(self, bound: float) -> float:
+        """The largest value < bound; −∞ where there is none."""
+        found = []
+        for shards, values in self._held:
+            rest = values[values < bound]
+            here = rest.max() if rest.numel() else values.new_tensor(-math.inf)
+            found.append(float(here if shards is None else shards.max(here)))
+        return max(found)
+
+    def smallest_above(self, bound: float) -> float:
+        """The smallest value > bound; +∞ where there is none."""
+        found = []
+        for shards, values in self._held:
+            rest = values[values > bound]
+            here = -rest.min() if rest.numel() else values.new_tensor(-math.inf)
+            found.append(-float(here if shards is None else shards.max(here)))
+        return min(found)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import kernels
-from ..distributed import PLAIN, Shards, is_sharded, local
+from ..distributed import PLAIN, Shards, is_sharded, local, sum_over_parts
 from ..regularizers import Grouped, Regularizer, broadcasts
 from . import compiled, fused
 from .compiled import dual_dtype
@@ -297,12 +297,19 @@ class BregmanOptimizer(Optimizer):
 
     def _own(self, p: Tensor, reg: Regularizer | None) -> tuple[Tensor, dict[str, Any], Regularizer | None]:
         """What this rank holds of `p`: its part, with its state and J on it. `_keep` afterwards what became of them."""
+        state = self.state[p]
+        if is_sharded(p):
+            state = {k: local(x) if isinstance(x, Tensor) else x for k, x in state.items()}
+        part, on_part = self._part(p, reg)
+        return part, state, on_part
+
+    def _part(self, p: Tensor, reg: Regularizer | None) -> tuple[Tensor, Regularizer | None]:
+        """The part of `p` that this rank holds, and J on it."""
         if not is_sharded(p):
-            return p, self.state[p], reg
+            return p, reg
         if p not in self._on_shards:
             self._on_shards[p] = None if reg is None else reg.on_shards(Shards.of(p))
-        state = {k: local(x) if isinstance(x, Tensor) else x for k, x in self.state[p].items()}
-        return local(p), state, self._on_shards[p]
+        return local(p), self._on_shards[p]
 
     def _keep(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         """Take over the states of parts, where what is shaped like the weight is kept as a DTensor like it."""
@@ -491,11 +498,15 @@ def check_regularizer(regularizer: Any) -> None:
 
 
 def count_nonzero(tensors: list[Tensor]) -> list[int]:
-    """The number of exact non-zeros of each tensor, counted where they live, fetched in one go."""
+    """The number of exact non-zeros of each tensor, counted where they live, fetched in one go.
+
+    DTensors count as a whole, on every rank.
+    """
     if not tensors:
         return []
     device = tensors[0].device
-    return torch.stack([torch.count_nonzero(t).to(device) for t in tensors]).tolist()
+    counts = torch.stack([torch.count_nonzero(local(t)).to(device) for t in tensors])
+    return sum_over_parts(counts, tensors).tolist()
 
 
 def _name(regularizer: Regularizer | None) -> str:

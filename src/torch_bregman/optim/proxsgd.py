@@ -57,13 +57,13 @@ class ProxSGD(BregmanOptimizer):
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
     ) -> None:
         lr = as_float(group["lr"])
-        own = [self._own(p, reg) for p in params]
         if group["momentum"] != 0:
-            states = [state for _, state, _ in own]
+            states = [self._own(p, reg)[1] for p in params]
             grads = sgd_direction(grads, states, group)
             self._keep(params, states)
-        weights = torch._foreach_add([p.to(g.dtype) for (p, _, _), g in zip(own, grads, strict=True)], grads, alpha=-lr)
-        for (p, _, on_p), weight in zip(own, weights, strict=True):
+        parts = [self._part(p, reg) for p in params]
+        weights = torch._foreach_add([p.to(g.dtype) for (p, _), g in zip(parts, grads, strict=True)], grads, alpha=-lr)
+        for (p, on_p), weight in zip(parts, weights, strict=True):
             p.copy_(weight if on_p is None else on_p.prox(weight, lr * group["lam"]))
 
     def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
