@@ -4,6 +4,7 @@ benchmarks/distributed.py start them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 import warnings
@@ -30,6 +31,7 @@ REGULARIZERS = {
     "sparse rows, kernels": {nn.Linear: tb.SparseGroupL1("rows"), nn.Conv2d: tb.SparseGroupL1("kernels")},
     "sparse rows, filters": {nn.Linear: tb.SparseGroupL1("rows"), nn.Conv2d: tb.SparseGroupL1("filters")},
     "sparse columns, channels": {nn.Linear: tb.SparseGroupL1("columns"), nn.Conv2d: tb.SparseGroupL1("channels")},
+    "index": {"5": tb.SparseGroupL1(torch.arange(7 * 27).view(7, 27) % 11), "*.weight": tb.L1()},
     "nuclear": tb.NuclearNorm(),
     "nuclear, every 5": tb.NuclearNorm(prox_every=5),
 }
@@ -62,7 +64,7 @@ def batch(step: int, part: int, parts: int, dtype: torch.dtype) -> tuple[torch.T
 
 
 def place(model: nn.Module, how: str) -> tuple[nn.Module, int, int]:
-    """The model as one of "one", "ddp", "fsdp", "hsdp", and which part of how many of the data is this rank's."""
+    """The model as one of "one", "ddp", "fsdp", "hsdp", "tp", and which part of how many of the data is this rank's."""
     if how == "one":
         return model, 0, 1
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -70,7 +72,12 @@ def place(model: nn.Module, how: str) -> tuple[nn.Module, int, int]:
         return nn.parallel.DistributedDataParallel(model), rank, world
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+    if how == "tp":  # the Linear layers are cut twice, the convolutions once
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], {"5": ColwiseParallel(), "7": RowwiseParallel()})
+        return fully_shard(model, mesh=mesh["data"]), mesh.get_local_rank("data"), 2
     shape = (2, world // 2) if how == "hsdp" else (world,)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     return fully_shard(model, mesh=mesh), rank, world
@@ -115,8 +122,7 @@ def run(case: Case, how: str) -> dict[str, torch.Tensor]:
     inner = network(case.dtype)
     model, part, parts = place(inner, how)
     optimizer = make(case, inner)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*start more than half dense" if "nuclear" in case.regularizer else "^$")
+    with quiet_about_density():
         train(model, optimizer, range(case.steps // 2), part, parts)
     halve_first_row(inner)
     train(model, optimizer, range(case.steps // 2, case.steps), part, parts)
@@ -164,6 +170,84 @@ def controlled(name: str, how: str) -> dict[str, torch.Tensor]:
         lams.append(optimizer.param_groups[0]["lam"])
     found = {name: whole(p) for name, p in inner.named_parameters()}
     return {**found, ": lam": torch.tensor(lams), ": density": torch.tensor([control.density, tb.density(inner)])}
+
+
+def with_zero(how: str) -> dict[str, torch.Tensor]:
+    """A training with AdaBreg, and on several ranks with a share of its state on each."""
+    inner = network()
+    options = {"lr": 5e-3, "regularizer": tb.L1(), "lam": 0.05}
+    if how == "one":
+        optimizer = tb.AdaBreg(inner.parameters(), **options)
+        model, part, parts = inner, 0, 1
+    else:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        optimizer = ZeroRedundancyOptimizer(inner.parameters(), optimizer_class=tb.AdaBreg, **options)
+        model, part, parts = place(inner, "ddp")
+    train(model, optimizer, range(15), part, parts)
+    return {name: whole(p) for name, p in inner.named_parameters()}
+
+
+SAVED = (Case("AdaBreg", "sparse columns, channels", steps=10), Case("LinBreg", "nuclear, every 5", steps=12))
+
+
+def saved(case: Case, how: str, folder: Path) -> dict:
+    """A training that is saved by torch.distributed.checkpoint; its whole state in one piece."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    inner = network()
+    model, part, parts = place(inner, how)
+    optimizer = make(case, inner)
+    with quiet_about_density():
+        train(model, optimizer, range(case.steps), part, parts)
+    weights, state = get_state_dict(inner, optimizer)
+    where = {"checkpoint_id": folder / str(SAVED.index(case)), "no_dist": how == "one"}
+    checkpoint.save({"model": weights, "optimizer": state}, **where)
+    options = StateDictOptions(full_state_dict=True)
+    weights, state = get_state_dict(inner, optimizer, options=options)
+    return {"model": weights, "optimizer": state}
+
+
+def resumed(case: Case, how: str, folder: Path, full: dict | None = None) -> dict[str, torch.Tensor]:
+    """The second half of a training, from what `saved` left in `folder`, or from the `full` state."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    inner = network()
+    model, part, parts = place(inner, how)
+    with torch.no_grad():
+        for p in inner.parameters():
+            local(p).zero_()
+    optimizer = make(case, inner)
+    if full is None:
+        weights, state = get_state_dict(inner, optimizer)
+        held = {"model": weights, "optimizer": state}
+        checkpoint.load(held, checkpoint_id=folder / str(SAVED.index(case)), no_dist=how == "one")
+        options = StateDictOptions()
+    else:
+        held, options = full, StateDictOptions(full_state_dict=True)
+    set_state_dict(
+        inner, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"], options=options
+    )
+    train(model, optimizer, range(case.steps, 2 * case.steps), part, parts)
+    return results(inner, optimizer)
+
+
+def uninterrupted(case: Case) -> dict[str, torch.Tensor]:
+    model = network()
+    optimizer = make(case, model)
+    with quiet_about_density():
+        train(model, optimizer, range(2 * case.steps), 0, 1)
+    return results(model, optimizer)
+
+
+@contextlib.contextmanager
+def quiet_about_density():
+    """The nuclear norm makes low rank: its weights may start dense."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*start more than half dense")
+        yield
 
 
 def initialised(groups: str | None, how: str) -> dict:

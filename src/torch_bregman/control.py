@@ -194,7 +194,10 @@ class TargetDensity:
         settle: float = 0.2,
     ) -> None:
         if not isinstance(optimizer, BregmanOptimizer):
-            raise ValueError(f"Invalid `optimizer`: {type(optimizer).__name__}; expected LinBreg, AdaBreg or ProxSGD.")
+            kind = type(optimizer).__name__
+            split = ", which leaves each rank a share of v: use fully_shard, or a fixed `lam`"
+            hint = split if kind == "ZeroRedundancyOptimizer" else ""
+            raise ValueError(f"Invalid `optimizer`: {kind}{hint}; expected LinBreg, AdaBreg or ProxSGD.")
         choose("mode", mode, ("feedback", "exact"))
         for name, count in (("total_steps", total_steps), ("every", every)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,6 +41,16 @@ def local(t: Tensor) -> Tensor:
 def whole(t: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     """`of(t)`, entry by entry, on every rank also where `t` is a DTensor."""
     return Shards.of(t).whole(of(local(t))) if is_sharded(t) else of(t)
+
+
+def require_whole(model: Module, what: str) -> None:
+    """ValueError, saying that `what` needs whole weights, where `model` has DTensors."""
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError(
+            f"`model` has DTensors, and {what} needs whole weights: on every rank call get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict, and load what "
+            "it returns into a model that is not sharded."
+        )
 
 
 def assign(t: Tensor, values: Tensor) -> None:

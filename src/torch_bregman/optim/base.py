@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .. import kernels
 from ..distributed import PLAIN, Shards, is_sharded, local, sum_over_parts
-from ..regularizers import Grouped, Regularizer, broadcasts
+from ..regularizers import Grouped, NuclearNorm, Regularizer, broadcasts
 from . import compiled, fused
 from .compiled import dual_dtype
 
@@ -93,10 +93,22 @@ class BregmanOptimizer(Optimizer):
             for p in self.param_groups[-1]["params"]:
                 if param_group["fused"] and p.device.type == "cpu":
                     kernels.require("`fused=True` on the CPU")
+                if type(p).__name__ == "FlatParameter" and isinstance(given, Grouped | NuclearNorm):
+                    raise ValueError(
+                        f"Invalid `params`: FullyShardedDataParallel flattens weights, but {given!r} needs their "
+                        "shape; use torch.distributed.fsdp.fully_shard."
+                    )
                 if given is not None:
                     given.check(p.shape)
+                if param_group["fused"] and is_sharded(p):
+                    raise ValueError("Invalid `fused`: True; DTensors take the plain step, so leave it None.")
                 for name in ("lam", "delta"):
                     value = param_group[name]
+                    if isinstance(value, Tensor) and value.numel() != 1 and is_sharded(p):
+                        raise ValueError(
+                            f"Invalid `{name}`: a tensor of shape {tuple(value.shape)}; expected one number for a "
+                            "DTensor. Groups of parameters may have different ones."
+                        )
                     if isinstance(value, Tensor) and not broadcasts(value.shape, p.shape):
                         raise ValueError(
                             f"Invalid `{name}`: a tensor of shape {tuple(value.shape)}; expected one that broadcasts "
@@ -152,6 +164,8 @@ class BregmanOptimizer(Optimizer):
                 for name, value in final["state"].get(key, {}).items():
                     if isinstance(value, Tensor) and value.is_floating_point():
                         where = value.device if name == "step" else p.device
+                        if is_sharded(p) and not is_sharded(value) and name not in PLAIN:  # saved by one process
+                            value = Shards.of(p).wrap(Shards.of(p).part(value))
                         self.state[p][name] = value.to(device=where, copy=True)
 
         before = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
