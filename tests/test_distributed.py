@@ -53,7 +53,9 @@ CONTROLS = ("exact", "feedback", "groups", "sparse groups", "prune")
 
 def quiet():
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message=".*_register_pre_backward_hook.*")
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
+    for category in (DeprecationWarning, FutureWarning):  # of torch's own older parts
+        warnings.filterwarnings("ignore", category=category)
 
 
 def on_four_ranks(folder):
@@ -70,14 +72,14 @@ def on_four_ranks(folder):
 def on_two_ranks(folder, full):
     quiet()
     return {
+        "refusals": refusals(folder),
+        "zero": with_zero("zero"),
         "trainings": {f"fsdp {case}": run(case, "fsdp") for case in SHARDED},
         "controls": {name: controlled(name, "fsdp") for name in CONTROLS},
         "initialised": {str(groups): initialised(groups, "fsdp") for groups in (None, "columns")},
         "thresholds": thresholds(),
         "resumed": [resumed(case, "fsdp", folder) for case in SAVED],
         "resumed from full": [resumed(case, "fsdp", folder, full[i]) for i, case in enumerate(SAVED)],
-        "zero": with_zero("zero"),
-        "refusals": refusals(folder),
     }
 
 
