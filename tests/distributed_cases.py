@@ -41,7 +41,7 @@ class Case(NamedTuple):
     optimizer: str
     regularizer: str
     dtype: torch.dtype = torch.float64
-    steps: int = 20
+    steps: int = 10
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -170,9 +170,9 @@ def controlled(name: str, how: str) -> dict[str, torch.Tensor]:
     model, part, parts = place(inner, how)
     groups = tb.param_groups(inner, reg, lam=lam)
     optimizer = tb.ProxSGD(groups, lr=0.05) if name == "prune" else tb.AdaBreg(groups, lr=5e-3)
-    control = tb.TargetDensity(optimizer, 0.4 if name == "groups" else 0.2, mode, total_steps=20, every=3)
+    control = tb.TargetDensity(optimizer, 0.4 if name == "groups" else 0.2, mode, total_steps=12, every=3)
     lams = []
-    for step in range(20):
+    for step in range(12):
         train(model, optimizer, range(step, step + 1), part, parts, control)
         lams.append(optimizer.param_groups[0]["lam"])
     found = {name: whole(p) for name, p in inner.named_parameters()}
@@ -191,11 +191,11 @@ def with_zero(how: str) -> dict[str, torch.Tensor]:
 
         optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=tb.AdaBreg, lr=5e-3)
         model, part, parts = place(inner, "ddp")
-    train(model, optimizer, range(15), part, parts)
+    train(model, optimizer, range(10), part, parts)
     return {name: whole(p) for name, p in inner.named_parameters()}
 
 
-SAVED = (Case("AdaBreg", "sparse columns, channels", steps=10), Case("LinBreg", "nuclear, every 5", steps=12))
+SAVED = (Case("AdaBreg", "sparse columns, channels", steps=6), Case("LinBreg", "nuclear, every 5", steps=7))
 
 
 def saved(case: Case, how: str, folder: Path) -> dict:
@@ -269,7 +269,7 @@ def initialised(groups: str | None, how: str) -> dict:
 # ---------------------------------------------------------------------- processes
 
 
-def start(work, world: int, folder: Path, *args, timeout: float = 240) -> list:
+def start(work, world: int, folder: Path, *args, timeout: float = 600) -> list:
     """What `work(*args)` returns on each of `world` ranks. A rank that fails shows its traceback."""
     folder.mkdir(parents=True, exist_ok=True)
     context = mp.spawn(_rank, (world, folder, work, args), nprocs=world, join=False)
@@ -288,7 +288,7 @@ def _rank(rank: int, world: int, folder: Path, work, args) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(minutes=5),
     )  # fmt: skip
     torch.save(work(*args), folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -93,7 +93,7 @@ class BregmanOptimizer(Optimizer):
             for p in self.param_groups[-1]["params"]:
                 if param_group["fused"] and p.device.type == "cpu":
                     kernels.require("`fused=True` on the CPU")
-                if type(p).__name__ == "FlatParameter" and isinstance(given, Grouped | NuclearNorm):
+                if getattr(p, "_is_flat_param", False) and isinstance(given, Grouped | NuclearNorm):
                     raise ValueError(
                         f"Invalid `params`: FullyShardedDataParallel flattens weights, but {given!r} needs their "
                         "shape; use torch.distributed.fsdp.fully_shard."
