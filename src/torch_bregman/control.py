@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .choices import choose
 from .density import check_density
+from .distributed import Spread, is_sharded, local
 from .layers import weight_layers
 from .optim import BregmanOptimizer
 from .optim.base import check_number, count_nonzero
@@ -96,29 +98,33 @@ class Scope:
             factor = between(near[1:], kept - larger, larger)
             if factor is not None:
                 return factor
-        thresholds = []
+        thresholds, params = [], []
         for i, some in duals.items():
-            lam, reg = optimizer.param_groups[i]["lam"], optimizer.regularizers[i]
-            assert reg is not None
+            lam = optimizer.param_groups[i]["lam"]
             unit = lam if _any_positive(lam) else 1.0
-            thresholds += [(reg.thresholds(v) / unit).flatten() for v in some.values()]
-        return threshold_for(torch.cat(thresholds), kept)
+            for p in some:
+                _, reg = optimizer._part(p, optimizer.regularizers[i])
+                assert reg is not None
+                params.append(p)
+                thresholds.append((reg.thresholds(local(optimizer.state[p]["dual"])) / unit).flatten())
+        return _threshold(thresholds, params, kept)
 
     def prune(self, optimizer: BregmanOptimizer, target: float) -> None:
         """Without a dual: zero the smallest weights, if there are too many."""
-        values, params = [], []
+        values, params, parts = [], [], []
         for i in self.groups:
-            reg = optimizer.regularizers[i]
-            assert reg is not None
             for p in optimizer.param_groups[i]["params"]:
                 if any(p is weight for weight in self.weights):
+                    part, reg = optimizer._part(p, optimizer.regularizers[i])
+                    assert reg is not None
                     params.append(p)
-                    values.append(reg.thresholds(p.detach().float()).flatten())
+                    parts.append(part)
+                    values.append(reg.thresholds(part.detach().float()).flatten())
         fixed = sum(count_nonzero(self.weights)) - sum(count_nonzero(params))
-        smallest = threshold_for(torch.cat(values), round(target * self.size) - fixed)
+        smallest = _threshold(values, params, round(target * self.size) - fixed)
         with torch.no_grad():
-            for p, value in zip(params, values, strict=True):
-                p.masked_fill_(value.view_as(p) <= smallest, 0.0)
+            for part, value in zip(parts, values, strict=True):
+                part.masked_fill_(value.view_as(part) <= smallest, 0.0)
 
 
 class TargetDensity:
@@ -188,7 +194,10 @@ class TargetDensity:
         settle: float = 0.2,
     ) -> None:
         if not isinstance(optimizer, BregmanOptimizer):
-            raise ValueError(f"Invalid `optimizer`: {type(optimizer).__name__}; expected LinBreg, AdaBreg or ProxSGD.")
+            kind = type(optimizer).__name__
+            split = ", which leaves each rank a share of v: use fully_shard, or a fixed `lam`"
+            hint = split if kind == "ZeroRedundancyOptimizer" else ""
+            raise ValueError(f"Invalid `optimizer`: {kind}{hint}; expected LinBreg, AdaBreg or ProxSGD.")
         choose("mode", mode, ("feedback", "exact"))
         for name, count in (("total_steps", total_steps), ("every", every)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
@@ -331,8 +340,12 @@ def between(values: Tensor, kept: int, beyond: int = 0) -> float | None:
         if not rest.numel():
             return None
         below, above = (float(rest.max()), above) if inside else (below, float(rest.min()))
-    # Half-way as far as the floats allow it, for a group's norm is computed twice and may round differently.
-    middle = float(torch.tensor(below, dtype=values.dtype) + (above - below) / 2)
+    return half_way(below, above, values.dtype)
+
+
+def half_way(below: float, above: float, dtype: torch.dtype) -> float:
+    """Half-way as far as the floats allow it, for a group's norm is computed twice and may round differently."""
+    middle = float(torch.tensor(below, dtype=dtype) + (above - below) / 2)
     return middle if below <= middle < above else below
 
 
@@ -347,6 +360,27 @@ def threshold_for(values: Tensor, kept: int) -> float:
     if lam is None:  # all are kept
         lam = float(values.min()) / 2
     return lam if lam > 0 else float(torch.finfo(values.dtype).tiny)
+
+
+def threshold_over_ranks(values: Spread, kept: int) -> float:
+    """What `threshold_for` finds, where every rank holds some of the values."""
+    kept = min(max(kept, 0), values.size - 1)
+    above, larger, equal = values.kth_largest(max(kept, 1))
+    if kept == 0:
+        lam = above
+    elif larger + equal > kept and larger > 0 and kept - larger <= equal / 2:  # the equal ones are out
+        lam = half_way(above, values.smallest_above(above), values.dtype)
+    else:
+        below = values.largest_below(above)
+        lam = above / 2 if below == -math.inf else half_way(below, above, values.dtype)
+    return lam if lam > 0 else float(torch.finfo(values.dtype).tiny)
+
+
+def _threshold(parts: list[Tensor], tensors: list[Tensor], kept: int) -> float:
+    """The λ for `kept` of the values in `parts`, which belong to the entries of the `tensors`."""
+    if any(map(is_sharded, tensors)):
+        return threshold_over_ranks(Spread(parts, tensors), kept)
+    return threshold_for(torch.cat(parts), kept)
 
 
 def _any_positive(lam: float | Tensor) -> bool:

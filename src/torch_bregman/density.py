@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .distributed import whole
 from .layers import by_outputs, weight_layers
 from .optim.base import count_nonzero
 from .regularizers import NuclearNorm
@@ -124,10 +125,11 @@ def sparsity_report(model: nn.Module, *, rank: bool = False) -> SparsityReport:
         raise ValueError("`model` has no Linear or Conv weights, so there is nothing to report.")
     counts, kernels = [], []
     for _, module, weight in layers:
-        kernel = by_outputs(module, weight != 0).any(3)  # [groups, outputs / groups, inputs / groups]
+        alive = whole(weight, lambda part: part != 0)
+        kernel = by_outputs(module, alive).any(3)  # [groups, outputs / groups, inputs / groups]
         kernels.append(kernel)
-        counts += [weight, kernel.any(2), kernel.any(1), kernel]
-    flat = count_nonzero(counts)
+        counts += [torch.count_nonzero(t) for t in (alive, kernel.any(2), kernel.any(1), kernel)]
+    flat = torch.stack([count.to(counts[0].device) for count in counts]).tolist()
     found = []
     for i, ((name, _, weight), kernel) in enumerate(zip(layers, kernels, strict=True)):
         entries, outputs, inputs, alive = flat[4 * i : 4 * i + 4]
@@ -140,7 +142,7 @@ def sparsity_report(model: nn.Module, *, rank: bool = False) -> SparsityReport:
                 outputs=(outputs, groups * out),
                 inputs=(inputs, groups * into),
                 kernels=(alive, kernel.numel()) if weight.dim() > 2 else None,
-                rank=(NuclearNorm().rank(weight.float()), min(weight.flatten(1).shape)) if rank else None,
+                rank=(NuclearNorm().rank(whole(weight, Tensor.float)), min(weight.flatten(1).shape)) if rank else None,
             )
         )
     return SparsityReport(tuple(found))

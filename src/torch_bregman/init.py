@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .density import check_density
+from .distributed import assign, is_sharded
 from .layers import LAYERS, fan_in, weight_layers
 from .optim.base import check_number
 from .regularizers import GROUPS, GroupL1, broadcasts, group_dims
@@ -34,7 +35,8 @@ def sparse_init_(
         density: r in (0, 1].
         groups: draw whole groups: "rows", "columns", "kernels", "filters", "channels", or an index tensor. Layers of
             another shape (Linear layers under "kernels") are drawn entry by entry.
-        generator: where the numbers come from; on the CPU, so that every device gets the same weights.
+        generator: where the numbers come from; on the CPU, so that every device gets the same weights. DTensors
+            need one, seeded alike on every rank: each draws whole tensors and keeps its part, as one process would.
         nonlinearity: as in `torch.nn.init.calculate_gain`. For "relu" and its like biases are drawn from
             (0, s/√fan_in], so that neurons without inputs start active; for odd activations from both sides of 0.
         bias_scale: s.
@@ -43,13 +45,19 @@ def sparse_init_(
         `model`.
 
     Raises:
-        ValueError: density outside (0, 1], a name of groups that does not exist or fits no layer.
+        ValueError: density outside (0, 1], a name of groups that does not exist or fits no layer, DTensors without a
+            generator.
     """
     check_density(density, one_allowed=True)
     check_number("bias_scale", bias_scale)
     layers = [layer for layer in weight_layers(model) if layer.weight.numel()]
     if not layers:
         raise ValueError("`model` has no Linear or Conv layer to initialise.")
+    if generator is None and any(is_sharded(layer.weight) for layer in layers):
+        raise ValueError(
+            "`generator` is None, but weights are DTensors and all ranks must draw the same numbers: pass "
+            "generator=torch.Generator().manual_seed(seed) with one seed."
+        )
     gain = nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]
     fits = [_fits(groups, layer.weight) for layer in layers]
     if groups is not None and not any(fits):
@@ -64,7 +72,7 @@ def sparse_init_(
             low = 0.0 if "relu" in nonlinearity or nonlinearity == "selu" else -bound
             # 1 − u for u in [0, 1) is never zero, and for ReLU positive.
             uniform = 1 - torch.empty(bias.shape, device=device).uniform_(generator=generator)
-            bias.copy_(low + (bound - low) * uniform)
+            assign(bias, low + (bound - low) * uniform)
 
     for layer, fit in zip(layers, fits, strict=True):
         weight = layer.weight
@@ -72,7 +80,7 @@ def sparse_init_(
         std = gain / math.sqrt(fan_in(layer.module, weight) * float(mask.float().mean()))
         values = torch.empty(weight.shape, device=device).normal_(0, std, generator=generator)
         # `where`, not a product: −x·0 is a negative zero.
-        weight.copy_(torch.where(mask, values, 0.0))
+        assign(weight, torch.where(mask, values, 0.0))
         draw_bias(layer.module)
     drawn = {id(layer.module) for layer in layers}
     for module in model.modules():  # of the other layers that share a weight

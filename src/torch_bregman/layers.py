@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -45,7 +46,8 @@ def by_outputs(module: nn.Module, weight: Tensor) -> Tensor:
 
 def fan_in(module: nn.Module, weight: Tensor) -> float:
     """How many inputs an output of the layer sums over."""
-    _, _, inputs, kernel = by_outputs(module, weight).shape
+    shaped = torch.empty(weight.shape, device="meta")  # a DTensor would be gathered
+    _, _, inputs, kernel = by_outputs(module, shaped).shape
     # A transposed convolution with a stride spreads its kernel over several outputs.
     spread = math.prod(getattr(module, "stride", ())) if getattr(module, "transposed", False) else 1
     return inputs * kernel / spread

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import is_sharded
 from .optim import BregmanOptimizer
 from .optim.base import check_number
 from .regularizers import L1, Grouped, Regularizer
@@ -110,7 +111,7 @@ class Multilevel:
             that the other batches have seen (docs/multilevel.md).
 
     Raises:
-        ValueError: an option out of range, an optimizer without a dual, or one that has a `Multilevel` already.
+        ValueError: an option out of range, an optimizer without a dual, with DTensors or with a `Multilevel` already.
 
     [ML] Lunk, Scott, Bungert, Sparse Training of Neural Networks based on Multilevel Mirror Descent, arXiv 2602.03535.
     """
@@ -131,6 +132,11 @@ class Multilevel:
             raise ValueError(f"Invalid `optimizer`: {type(optimizer).__name__}; expected LinBreg or AdaBreg.")
         if optimizer.levels is not None:
             raise ValueError("`optimizer` belongs to another Multilevel already.")
+        if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "`optimizer` holds DTensors, whose live parts are not moved on their own: use DistributedDataParallel "
+                "or a single process, or train without Multilevel."
+            )
         for name, value, low in (("coarse_steps", coarse_steps, 0), ("fine_steps", fine_steps, 1)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise ValueError(f"Invalid `{name}`: {value!r}; expected a whole number of at least {low}, or None.")

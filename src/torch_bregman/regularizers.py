@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .distributed import Shards
 from .prox import nonnegative_threshold, shrink_norm, singular_value_shrink, soft_threshold
 
 Lam = float | Tensor
@@ -29,6 +30,8 @@ class Regularizer:
     prox_every: int = 1
     #: Is the prox so dear that a checksum of θ is kept, instead of computing it again to see whether θ has changed?
     costly: bool = False
+    #: Where the weight is a part of a DTensor: the other parts that the prox of this one needs, if it needs any.
+    shards: Shards | None = None
 
     def value(self, weight: Tensor, lam: Lam = 1.0) -> Tensor:
         """J(θ) = λ·J₁(θ)."""
@@ -90,6 +93,44 @@ class Regularizer:
 
     def check(self, shape: torch.Size) -> None:
         """Raise ValueError if a weight of this shape cannot be regularised."""
+
+    def on_shards(self, shards: Shards) -> Regularizer:
+        """J on one rank's part of a DTensor: itself where entries stand alone, else it gathers the weight every time.
+
+        They stand alone where a class defines `coupled`; one whose `coupled` links entries defines this method as well.
+        """
+        return Gathered(self, shards) if type(self).coupled is Regularizer.coupled else self
+
+
+class Gathered(Regularizer):
+    """A J that needs the whole weight, on one rank's part of it. All ranks compute the same and keep their parts."""
+
+    shards: Shards
+
+    def __init__(self, whole: Regularizer, shards: Shards) -> None:
+        self.J, self.shards = whole, shards
+        self.homogeneous, self.prox_every, self.costly = whole.homogeneous, whole.prox_every, whole.costly
+
+    def value(self, weight: Tensor, lam: Lam = 1.0) -> Tensor:
+        return self.J.value(self.shards.whole(weight), lam)
+
+    def prox(self, x: Tensor, step: Lam) -> Tensor:
+        return self.shards.part(self.J.prox(self.shards.whole(x), step))
+
+    def subgradient(self, weight: Tensor) -> Tensor:
+        return self.shards.part(self.J.subgradient(self.shards.whole(weight)))
+
+    def nearest_subgradient(self, weight: Tensor, near: Tensor) -> Tensor:
+        return self.shards.part(self.J.nearest_subgradient(self.shards.whole(weight), self.shards.whole(near)))
+
+    def coupled(self, mask: Tensor) -> Tensor:
+        return self.shards.part(self.J.coupled(self.shards.whole(mask)))
+
+    def thresholds(self, v: Tensor) -> Tensor:
+        return self.shards.part(self.J.thresholds(self.shards.whole(v)))
+
+    def alive(self, weight: Tensor) -> Tensor:
+        return self.J.alive(self.shards.whole(weight))
 
 
 def _bisect(alive: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
@@ -183,6 +224,7 @@ class Grouped(Regularizer):
     """Shared by the group regularisers: which entries belong together, their norms and sizes."""
 
     groups: str | Tensor = "rows"
+    shards: Shards | None = field(default=None, kw_only=True, repr=False)  # set by `on_shards`
 
     homogeneous = True
 
@@ -207,13 +249,16 @@ class Grouped(Regularizer):
         groups = self.groups
         if isinstance(groups, Tensor):  # two indices of one shape are two regularisers
             groups = f"<index {tuple(groups.shape)} {zlib.crc32(groups.cpu().long().numpy().tobytes()):08x}>"
-        rest = "".join(f", {k}={v!r}" for k, v in vars(self).items() if k != "groups")
+        rest = "".join(f", {k}={v!r}" for k, v in vars(self).items() if k not in ("groups", "shards"))
         return f"{type(self).__name__}(groups={groups!r}{rest})"
 
     def norms(self, x: Tensor) -> Tensor:
         """The Euclidean norm of the group of every entry, broadcastable against `x`."""
         if isinstance(self.groups, str):
-            return torch.linalg.vector_norm(x, dim=group_dims(self.groups, x.shape), keepdim=True)
+            dims = group_dims(self.groups, x.shape)
+            if self.shards is None:
+                return torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+            return self.shards.sum(x.square().sum(dims, keepdim=True)).sqrt()
         squares = self._per_group(x.square())
         # Where a group is zero the root has no derivative; autograd (the Lasso) shall find 0 there and not 0/0.
         return torch.where(squares == 0, 0.0, torch.where(squares == 0, 1.0, squares).sqrt())
@@ -230,21 +275,36 @@ class Grouped(Regularizer):
     def sizes(self, x: Tensor) -> float | Tensor:
         """The number of entries in the group of every entry."""
         if isinstance(self.groups, str):
-            return float(math.prod(x.shape[d] for d in group_dims(self.groups, x.shape)))
+            shape = x.shape if self.shards is None else self.shards.shape
+            return float(math.prod(shape[d] for d in group_dims(self.groups, shape)))
         return self._per_group(torch.ones_like(x))
 
     def coupled(self, mask: Tensor) -> Tensor:
         if isinstance(self.groups, str):
-            return mask.any(dim=group_dims(self.groups, mask.shape), keepdim=True).expand_as(mask)
+            touched = mask.any(dim=group_dims(self.groups, mask.shape), keepdim=True)
+            if self.shards is not None:
+                touched = self.shards.sum(touched.int()) > 0
+            return touched.expand_as(mask)
         return self._per_group(mask.float()) > 0
 
     def _per_group(self, x: Tensor) -> Tensor:
         """Sum over each index group, written back to every entry of it."""
         assert isinstance(self.groups, Tensor)
-        self.check(x.shape)
-        index = self.groups.to(x.device, torch.int64).expand_as(x)
+        index = self.groups.to(x.device, torch.int64)
+        if self.shards is None:
+            self.check(x.shape)
+            index = index.expand_as(x)
+        else:
+            index = self.shards.part(index.expand(self.shards.shape).contiguous())
         sums = torch.zeros(int(self.groups.max()) + 1, dtype=x.dtype, device=x.device)
-        return sums.index_add_(0, index.reshape(-1), x.reshape(-1))[index]
+        sums.index_add_(0, index.reshape(-1), x.reshape(-1))
+        return (sums if self.shards is None else self.shards.sum(sums))[index]
+
+    def on_shards(self, shards: Shards) -> Regularizer:
+        if isinstance(self.groups, Tensor):
+            return replace(self, shards=shards)
+        cutting = shards.cutting(group_dims(self.groups, shards.shape))
+        return replace(self, shards=cutting) if cutting.across else self
 
 
 def broadcasts(small: torch.Size, large: torch.Size) -> bool:
@@ -307,7 +367,7 @@ class SparseGroupL1(Grouped):
 
     @property
     def _group(self) -> GroupL1:
-        return GroupL1(self.groups, self.weighted)
+        return GroupL1(self.groups, self.weighted, shards=self.shards)
 
     def value(self, weight: Tensor, lam: Lam = 1.0) -> Tensor:
         a = self.l1_ratio

@@ -33,6 +33,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
+from ..distributed import require_whole
 from ..files import write_atomically
 from ..layers import weight_layers
 from . import kinds
@@ -212,9 +213,10 @@ def save_sparse(model: nn.Module, path: Pathlike, *, dtype: torch.dtype | None =
 
     Raises:
         ValueError: a `dtype` that is none of these, a finite value that would become infinite in it, a tensor without
-            values (lazy, meta), a module with an extra state.
+            values (lazy, meta) or with those of one rank (DTensor), a module with an extra state.
         OSError: the file could not be written.
     """
+    require_whole(model, "tb.save_sparse")
     if dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"Invalid `dtype`: {dtype!r}; expected torch.bfloat16, torch.float16 or None.")
     path, model = Path(path), unwrapped(model)

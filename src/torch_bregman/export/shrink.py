@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from ..distributed import require_whole
 from ..optim.base import BregmanOptimizer
 from ..regularizers import Grouped, NuclearNorm
 from ..restriction.attention import Attention, live_heads
@@ -136,7 +137,7 @@ def shrink(
 
     Raises:
         TypeError: `example_inputs` are no tensors.
-        ValueError: `optimizer` holds parameters that the model does not have.
+        ValueError: `optimizer` holds parameters that the model does not have, or `model` holds DTensors.
         RuntimeError: the outputs are not the same; then it is an error of this function.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
@@ -144,6 +145,7 @@ def shrink(
         raise TypeError(
             f"`example_inputs` is {type(example_inputs).__name__} {example_inputs!r:.80}; expected tensors."
         )
+    require_whole(model, "tb.shrink")
     if optimizer is not None:
         _check_optimizer(model, optimizer)
     if isinstance(model, ROOTS) and len(inputs) == 1:

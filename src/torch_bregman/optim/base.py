@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import kernels
-from ..regularizers import Grouped, Regularizer, broadcasts
+from ..distributed import PLAIN, Shards, is_sharded, local, sum_over_parts
+from ..regularizers import Grouped, NuclearNorm, Regularizer, broadcasts
 from . import compiled, fused
 from .compiled import dual_dtype
 
@@ -92,10 +93,22 @@ class BregmanOptimizer(Optimizer):
             for p in self.param_groups[-1]["params"]:
                 if param_group["fused"] and p.device.type == "cpu":
                     kernels.require("`fused=True` on the CPU")
+                if getattr(p, "_is_flat_param", False) and isinstance(given, Grouped | NuclearNorm):
+                    raise ValueError(
+                        f"Invalid `params`: FullyShardedDataParallel flattens weights, but {given!r} needs their "
+                        "shape; use torch.distributed.fsdp.fully_shard."
+                    )
                 if given is not None:
                     given.check(p.shape)
+                if param_group["fused"] and is_sharded(p):
+                    raise ValueError("Invalid `fused`: True; DTensors take the plain step, so leave it None.")
                 for name in ("lam", "delta"):
                     value = param_group[name]
+                    if isinstance(value, Tensor) and value.numel() != 1 and is_sharded(p):
+                        raise ValueError(
+                            f"Invalid `{name}`: a tensor of shape {tuple(value.shape)}; expected one number for a "
+                            "DTensor. Groups of parameters may have different ones."
+                        )
                     if isinstance(value, Tensor) and not broadcasts(value.shape, p.shape):
                         raise ValueError(
                             f"Invalid `{name}`: a tensor of shape {tuple(value.shape)}; expected one that broadcasts "
@@ -128,6 +141,7 @@ class BregmanOptimizer(Optimizer):
     def _forget(self) -> None:
         """Parameters or their state may have been exchanged."""
         self._plans: dict[int, Any] = {}  # what the fused step knows about each group
+        self._on_shards: dict[Tensor, Regularizer | None] = {}  # J on this rank's part of each DTensor
         self._known: list[int] = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,6 +164,8 @@ class BregmanOptimizer(Optimizer):
                 for name, value in final["state"].get(key, {}).items():
                     if isinstance(value, Tensor) and value.is_floating_point():
                         where = value.device if name == "step" else p.device
+                        if is_sharded(p) and not is_sharded(value) and name not in PLAIN:  # saved by one process
+                            value = Shards.of(p).wrap(Shards.of(p).part(value))
                         self.state[p][name] = value.to(device=where, copy=True)
 
         before = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
@@ -283,13 +299,42 @@ class BregmanOptimizer(Optimizer):
     def _update(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
     ) -> None:
-        states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
-            self._follow(p, state, group, reg)
+        own = [self._own(p, reg) for p in params]
+        states = [state for _, state, _ in own]
+        for part, state, on_part in own:
+            self._follow(part, state, group, on_part)
         self._descend([state["dual"] for state in states], grads, states, group)
+        for part, state, on_part in own:
+            if not self._waits(state, on_part):
+                self._write(part, state, group, on_part)
+        self._keep(params, states)
+
+    def _own(self, p: Tensor, reg: Regularizer | None) -> tuple[Tensor, dict[str, Any], Regularizer | None]:
+        """What this rank holds of `p`: its part, with its state and J on it. `_keep` afterwards what became of them."""
+        state = self.state[p]
+        if is_sharded(p):
+            state = {k: local(x) if isinstance(x, Tensor) else x for k, x in state.items()}
+        part, on_part = self._part(p, reg)
+        return part, state, on_part
+
+    def _part(self, p: Tensor, reg: Regularizer | None) -> tuple[Tensor, Regularizer | None]:
+        """The part of `p` that this rank holds, and J on it."""
+        if not is_sharded(p):
+            return p, reg
+        if p not in self._on_shards:
+            self._on_shards[p] = None if reg is None else reg.on_shards(Shards.of(p))
+        return local(p), self._on_shards[p]
+
+    def _keep(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        """Take over the states of parts, where what is shaped like the weight is kept as a DTensor like it."""
         for p, state in zip(params, states, strict=True):
-            if not self._waits(state, reg):
-                self._write(p, state, group, reg)
+            if is_sharded(p):
+                held = self.state[p]
+                for name, x in state.items():
+                    if name in PLAIN:
+                        held[name] = x
+                    elif name not in held or local(held[name]) is not x:
+                        held[name] = Shards.of(p).wrap(x)
 
     def _descend(
         self, duals: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
@@ -311,11 +356,14 @@ class BregmanOptimizer(Optimizer):
         return grad
 
     def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        grad = self._check_gradient(p).to(dual_dtype(p))
+        grad = self._check_gradient(p)
+        if is_sharded(p):  # tensor parallelism may leave sums to be taken
+            grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+        grad = local(grad).to(dual_dtype(p))
         if group["maximize"]:
             grad = -grad
         if group["weight_decay"] != 0:
-            grad = grad.add(p, alpha=group["weight_decay"])  # coupled: after the prox it would be overwritten
+            grad = grad.add(local(p), alpha=group["weight_decay"])  # coupled: after the prox it would be overwritten
         return grad
 
     def _start(self) -> None:
@@ -329,16 +377,18 @@ class BregmanOptimizer(Optimizer):
                     raise RuntimeError(f"{type(self).__name__} does not support complex parameters.")
                 if self.state[p]:
                     raise ValueError("The loaded `state_dict` has no `dual`: it was not saved by a Bregman optimizer.")
-                weight = p.detach().to(dual_dtype(p))
+                part, state, on_part = self._own(p, reg)
+                weight = part.detach().to(dual_dtype(p))
                 dual = weight / group["delta"]
-                if reg is not None:
-                    dual = dual + group["lam"] * reg.subgradient(weight)
+                if on_part is not None:
+                    dual = dual + group["lam"] * on_part.subgradient(weight)
                     if p.numel() and not p.is_meta:
-                        fresh.append((tuple(p.shape), reg.alive(weight)))
-                self.state[p]["dual"] = torch.empty_like(p, dtype=dual_dtype(p)).copy_(dual)
-                self._remember(self.state[p], group)
-                if reg is not None and reg.costly and not p.is_meta:
-                    self.state[p].update(written=checksum(p), waiting=0)
+                        fresh.append((tuple(p.shape), _share_alive(p, on_part, weight)))
+                state["dual"] = torch.empty_like(part, dtype=dual_dtype(p)).copy_(dual)
+                self._remember(state, group)
+                if on_part is not None and on_part.costly and not p.is_meta:
+                    state.update(written=checksum(part, on_part), waiting=0)
+                self._keep([p], [state])
         if fresh:
             _warn_if_dense(fresh)
 
@@ -353,7 +403,7 @@ class BregmanOptimizer(Optimizer):
         p.copy_(primal(state["dual"], reg, group["lam"], group["delta"]))
         self._remember(state, group)
         if reg is not None and reg.costly:
-            state["written"], state["waiting"] = checksum(p), 0
+            state["written"], state["waiting"] = checksum(p, reg), 0
 
     def _waits(self, state: dict[str, Any], reg: Regularizer | None) -> bool:
         """Whether this step leaves θ, because its prox is taken at every `prox_every`-th step only."""
@@ -367,7 +417,8 @@ class BregmanOptimizer(Optimizer):
         if p.is_meta:
             return
         if "written" in state:
-            now = checksum(p)
+            assert reg is not None
+            now = checksum(p, reg)
             if bool(now == state["written"]):
                 return
             state["written"] = now
@@ -375,13 +426,13 @@ class BregmanOptimizer(Optimizer):
             changed = torch.ones_like(p, dtype=torch.bool)
         else:
             expected = primal(state["dual"], reg, state["lam"], state["delta"]).to(p.dtype)
-            if p.device.type == "cpu" and torch.equal(expected, p):
+            if p.device.type == "cpu" and not _anywhere(not torch.equal(expected, p), reg):
                 return  # elsewhere looking would wait for the device, so the same arithmetic runs masked
             changed = expected != p
             if isinstance(reg, Grouped):  # a norm may have been added up in another order
                 rounding = 64 * torch.finfo(state["dual"].dtype).eps * state["delta"] * state["dual"].abs()
                 changed &= ~((expected - p).abs() <= rounding)
-                if p.device.type == "cpu" and not bool(changed.any()):
+                if p.device.type == "cpu" and not _anywhere(bool(changed.any()), reg):
                     return
         self._set_dual(p.to(state["dual"].dtype), changed, state, group, reg)
 
@@ -395,10 +446,9 @@ class BregmanOptimizer(Optimizer):
             return
         held = dual - primal(dual, reg, state["lam"], state["delta"]) / state["delta"]
         eps, tiny = torch.finfo(dual.dtype).eps, torch.finfo(dual.dtype).tiny
+        most = held.abs().amax() if held.numel() else held.sum()
         # Where λ is tiny or zero all memory is out of reach; it must not become infinite.
-        near = held / torch.as_tensor(lam, dtype=dual.dtype, device=dual.device).clamp_min(
-            (eps * held.abs().amax()).clamp_min(tiny)
-        )
+        near = held / torch.as_tensor(lam, dtype=dual.dtype, device=dual.device).clamp_min((eps * most).clamp_min(tiny))
         # A hair inside, so that rounding does not lift an entry that was set to zero over the threshold.
         p = (1 - 4 * eps * (weight == 0).to(dual.dtype)) * reg.nearest_subgradient(weight, near)
         dual.copy_(torch.where(reg.coupled(changed), weight / delta + lam * p, dual))
@@ -421,8 +471,10 @@ class BregmanOptimizer(Optimizer):
                     self._pass(plan, "HOLD", group, reg)
                 continue
             for p in params:
-                self._follow(p, self.state[p], group, reg)
-                self._write(p, self.state[p], group, reg)
+                part, state, on_part = self._own(p, reg)
+                self._follow(part, state, group, on_part)
+                self._write(part, state, group, on_part)
+                self._keep([p], [state])
 
 
 def primal(dual: Tensor, reg: Regularizer | None, lam: float | Tensor, delta: float | Tensor) -> Tensor:
@@ -433,10 +485,22 @@ def primal(dual: Tensor, reg: Regularizer | None, lam: float | Tensor, delta: fl
     return weight if isinstance(delta, float | int) and delta == 1 else weight * delta
 
 
-def checksum(p: Tensor) -> Tensor:
-    """The sum of the bits of `p`, the same on every machine and for every order of summation."""
+def checksum(p: Tensor, reg: Regularizer) -> Tensor:
+    """The sum of the bits of `p`, the same on every machine and for every order of summation and number of ranks."""
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[p.element_size()]
-    return p.detach().view(bits).sum(dtype=torch.int64)
+    found = p.detach().view(bits).sum(dtype=torch.int64)
+    return found if reg.shards is None else reg.shards.sum(found)
+
+
+def _anywhere(here: bool, reg: Regularizer | None) -> bool:
+    """Whether it is so here, or on any rank that the prox waits for: all of them must go the same way."""
+    return here if reg is None or reg.shards is None else bool(reg.shards.sum(torch.tensor(int(here))))
+
+
+def _share_alive(p: Tensor, reg: Regularizer, weight: Tensor) -> Tensor:
+    """The share of `p` that is alive, from the parts of all ranks; `reg` and `weight` are those of this one."""
+    share = reg.alive(weight)
+    return Shards.of(p).sum(share * weight.numel() / p.numel()) if is_sharded(p) else share
 
 
 def check_regularizer(regularizer: Any) -> None:
@@ -448,11 +512,15 @@ def check_regularizer(regularizer: Any) -> None:
 
 
 def count_nonzero(tensors: list[Tensor]) -> list[int]:
-    """The number of exact non-zeros of each tensor, counted where they live, fetched in one go."""
+    """The number of exact non-zeros of each tensor, counted where they live, fetched in one go.
+
+    DTensors count as a whole, on every rank.
+    """
     if not tensors:
         return []
     device = tensors[0].device
-    return torch.stack([torch.count_nonzero(t).to(device) for t in tensors]).tolist()
+    counts = torch.stack([torch.count_nonzero(local(t)).to(device) for t in tensors])
+    return sum_over_parts(counts, tensors).tolist()
 
 
 def _name(regularizer: Regularizer | None) -> str:

@@ -58,10 +58,13 @@ class ProxSGD(BregmanOptimizer):
     ) -> None:
         lr = as_float(group["lr"])
         if group["momentum"] != 0:
-            grads = sgd_direction(grads, [self.state[p] for p in params], group)
-        weights = torch._foreach_add([p.to(g.dtype) for p, g in zip(params, grads, strict=True)], grads, alpha=-lr)
-        for p, weight in zip(params, weights, strict=True):
-            p.copy_(weight if reg is None else reg.prox(weight, lr * group["lam"]))
+            states = [self._own(p, reg)[1] for p in params]
+            grads = sgd_direction(grads, states, group)
+            self._keep(params, states)
+        parts = [self._part(p, reg) for p in params]
+        weights = torch._foreach_add([p.to(g.dtype) for (p, _), g in zip(parts, grads, strict=True)], grads, alpha=-lr)
+        for (p, on_p), weight in zip(parts, weights, strict=True):
+            p.copy_(weight if on_p is None else on_p.prox(weight, lr * group["lam"]))
 
     def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
         return arm(plan, group)
