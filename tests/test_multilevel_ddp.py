@@ -503,7 +503,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     workers = [context.Process(target=work, args=(rank, str(folder)), daemon=True) for rank in range(RANKS)]
     for worker in workers:
         worker.start()
-    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=200)
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=280)
     for worker in workers:  # where one has failed the other waits for it in vain
         worker.join(10)
         worker.kill()

@@ -379,9 +379,9 @@ class Multilevel:
                     with torch.enable_grad():
                         seconds[layer] = self.timings.layer(layer.module, layer.form, p, where[p], layer.seen)
         times = iter(self._agree([t for layer in self._layers for t in seconds.get(layer, (math.nan, math.nan))]))
-        for layer, dense, sparse in zip(self._layers, times, times, strict=True):
-            if not math.isnan(dense):
-                chosen[layer] = choosing.faster(where[layer.weight].density, dense, sparse)
+        for layer, *pair in zip(self._layers, times, times, strict=True):
+            if not math.isnan(pair[0]):
+                chosen[layer] = choosing.faster(where[layer.weight].density, *pair)
         able = {layer for layer, choice in chosen.items() if choice.sparse < choosing.ABLE * choice.dense}
         self.choices = {layer.name: replace(choice, kind="dense") for layer, choice in chosen.items()}
         if not candidates or (self.coarse_steps is None and not able and not rows):
@@ -638,7 +638,7 @@ class Multilevel:
 
     def _on_training(self) -> None:
         """A layer is called in training."""
-        if self._ranks is None and DistributedDataParallel._get_active_ddp_module() is not None:
+        if self._ranks is None and DistributedDataParallel._active_ddp_module is not None:
             raise ValueError(
                 "Invalid `model`: it runs inside a DistributedDataParallel; expected that, as in "
                 "tb.Multilevel(ddp, optimizer)."

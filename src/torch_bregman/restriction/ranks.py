@@ -98,7 +98,7 @@ class Ranks:
             flat = torch.cat([*(grad.reshape(-1) for grad in grads), used])
             flat /= dist.get_world_size(self.ddp.process_group)  # before the sum, which half precision may not hold
             dist.all_reduce(flat, group=self.ddp.process_group)
-            *means, used = flat.split([*(p.numel() for p in some), len(some)])
+            *means, used = torch.split(flat, [*(p.numel() for p in some), len(some)])
             torch._foreach_copy_(grads, [mean.view_as(p) for mean, p in zip(means, some, strict=True)])
             for i, (p, grad) in enumerate(zip(some, grads, strict=True)):
                 if p.grad is None and used[i] > 0:
