@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import is_sharded
 from .optim import BregmanOptimizer
@@ -19,6 +21,7 @@ from .restriction.choice import Choice, Timings
 from .restriction.graph import Graph, Untraceable
 from .restriction.layers import Layer, Live, Seen, Watch, chains, form_of
 from .restriction.narrow import Narrow, Whole
+from .restriction.ranks import Ranks
 
 MARGIN = 1.0
 LOOK_EVERY = 100  # steps between looks whether restricting has become faster
@@ -98,8 +101,13 @@ class Multilevel:
     Gradients of restricted weights are found at the parameters of the optimizer: clip those, not `model.parameters()`.
     λ waits for the next fine step, also that of `TargetDensity`.
 
+    Under `DistributedDataParallel` pass the DDP module. Fine steps are DDP's own. In a coarse phase the ranks average
+    the gradients of the live values, of biases and of all else that is trained at the end of backward, and nothing of
+    the size of a restricted weight is sent; `no_sync()` holds there too, communication hooks and `join()` do not. The
+    first rank's timings decide for all. All ranks must call `step()`, `leave()` and `load_state_dict()`.
+
     Args:
-        model: the network.
+        model: the network, or the DistributedDataParallel around it.
         optimizer: LinBreg or AdaBreg on its parameters. Weights with `L1`, `NonNegativeL1` or named groups are
             restricted; those with a tensor for λ, with another regulariser or with none are trained as ever.
         coarse_steps, fine_steps: lengths of the phases. With `coarse_steps=None` the network is only restricted where
@@ -111,7 +119,9 @@ class Multilevel:
             that the other batches have seen (docs/multilevel.md).
 
     Raises:
-        ValueError: an option out of range, an optimizer without a dual, with DTensors or with a `Multilevel` already.
+        ValueError: an option out of range, an optimizer without a dual, or one that has a `Multilevel` already;
+            DTensors (`fully_shard`, tensor parallel); in the first forward pass, a `model` that runs inside a
+            DistributedDataParallel, which was not passed.
 
     [ML] Lunk, Scott, Bungert, Sparse Training of Neural Networks based on Multilevel Mirror Descent, arXiv 2602.03535.
     """
@@ -128,15 +138,15 @@ class Multilevel:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"Invalid `model`: {type(model).__name__}; expected a torch.nn.Module.")
+        if any(map(is_sharded, model.parameters())):
+            raise ValueError(
+                "Invalid `model`: its weights are divided among the ranks (DTensor); expected whole weights, "
+                "in DistributedDataParallel or in one process."
+            )
         if not isinstance(optimizer, BregmanOptimizer) or not optimizer.has_dual:
             raise ValueError(f"Invalid `optimizer`: {type(optimizer).__name__}; expected LinBreg or AdaBreg.")
         if optimizer.levels is not None:
             raise ValueError("`optimizer` belongs to another Multilevel already.")
-        if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(
-                "`optimizer` holds DTensors, whose live parts are not moved on their own: use DistributedDataParallel "
-                "or a single process, or train without Multilevel."
-            )
         for name, value, low in (("coarse_steps", coarse_steps, 0), ("fine_steps", fine_steps, 1)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise ValueError(f"Invalid `{name}`: {value!r}; expected a whole number of at least {low}, or None.")
@@ -144,7 +154,8 @@ class Multilevel:
             check_number("boost", boost, strict=True)
         if margin is not None:
             check_number("margin", margin)
-        self.model, self.optimizer = model, optimizer
+        self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.optimizer = optimizer
         self.coarse_steps, self.fine_steps = coarse_steps, 1 if fine_steps is None else fine_steps
         self.boost = 1.0 if boost is None else float(boost)
         self.margin = (MARGIN if coarse_steps is None else 0.0) if margin is None else float(margin)
@@ -165,8 +176,11 @@ class Multilevel:
         self._others: list[Watch] = []
         self._graph: tuple[Any, Graph | None] = (None, None)
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._ranks: Ranks | None = None
         if coarse_steps != 0:
             self._attach()
+            if isinstance(model, DistributedDataParallel):
+                self._ranks = Ranks(model, lambda: {part.live.full: part.live.values for part in self._parts})
 
     # ------------------------------------------------------------------ what a loop calls
 
@@ -314,7 +328,7 @@ class Multilevel:
         for name, module in self.model.named_modules():
             form = form_of(module)
             if form is not None and id(module.weight) in trained:
-                self._layers.append(Layer(name, module, form, self._on_edit))
+                self._layers.append(Layer(name, module, form, self._on_training, self._on_use))
         optimizer = self.optimizer
         pools, sequentials = chains(self.model, self._layers)
         root = next((chain for chain in sequentials if chain.module is self.model), None)
@@ -356,13 +370,18 @@ class Multilevel:
         candidates = self._candidates()
         rows = any(by_rows(reg) for *_, reg in candidates)
         where, near = self._supports(candidates)
+        seconds: dict[Layer, tuple[float, float]] = {}
         chosen: dict[Layer, Choice] = {}
         for _, _, p, reg in candidates:
             for layer in self._layers_of(p):
                 # Rows and filters make a smaller dense network.
                 if layer.seen is not None and (elementwise(reg) or (where[p].in_a_row and not by_rows(reg))):
                     with torch.enable_grad():
-                        chosen[layer] = self.timings.choose(layer.module, layer.form, p, where[p], layer.seen)
+                        seconds[layer] = self.timings.layer(layer.module, layer.form, p, where[p], layer.seen)
+        times = iter(self._agree([t for layer in self._layers for t in seconds.get(layer, (math.nan, math.nan))]))
+        for layer, *pair in zip(self._layers, times, times, strict=True):
+            if not math.isnan(pair[0]):
+                chosen[layer] = choosing.faster(where[layer.weight].density, *pair)
         able = {layer for layer, choice in chosen.items() if choice.sparse < choosing.ABLE * choice.dense}
         self.choices = {layer.name: replace(choice, kind="dense") for layer, choice in chosen.items()}
         if not candidates or (self.coarse_steps is None and not able and not rows):
@@ -403,6 +422,7 @@ class Multilevel:
                     layer.live = lives[layer.weight] if layer in option else None
                 key = "+".join(sorted(layer.name for layer in option)) or "dense"
                 times.append(self.timings.passes(key, self.model, whole.inputs, parameters, density))
+            times = self._agree(times)
             i = min(range(len(options)), key=lambda i: times[i + 1])
             best = options[i] if times[i + 1] < choosing.MARGIN * times[0] else set()
             kind = "sparse" if best else "dense"
@@ -411,6 +431,10 @@ class Multilevel:
             layer.live = lives[layer.weight] if layer in best else None
         self._let_wait()
         return best
+
+    def _agree(self, seconds: list[float]) -> list[float]:
+        """What the first rank has measured, on all of them: they must go the same way."""
+        return self._ranks.first(seconds) if self._ranks is not None and seconds else seconds
 
     def _let_wait(self) -> None:
         """Weights that no layer reads are written when somebody looks at them."""
@@ -449,6 +473,7 @@ class Multilevel:
                 )
                 dense = self.timings.forward("dense", self.model, whole.inputs)
                 small = self.timings.forward("compact", narrow.model, whole.inputs, share)
+                dense, small = self._agree([dense, small])
         finally:
             self._watch(True)
         places = {
@@ -539,6 +564,8 @@ class Multilevel:
         part = Part(group, place, live, reg, held, small)
         self._parts.append(part)
         self._show(part, full=False)
+        if self._ranks is not None:
+            self._ranks.watch(live.values)
 
     def _hold_back(self, part: Part) -> None:
         """Entries near the threshold that have passed it wait there: the next fine step brings them to life."""
@@ -610,6 +637,22 @@ class Multilevel:
                 p, self.optimizer.state[p], self.optimizer.param_groups[i], self.optimizer.regularizers[i]
             )
         self._before = []
+
+    def _on_training(self) -> None:
+        """A layer is called in training."""
+        if self._ranks is None and DistributedDataParallel._active_ddp_module is not None:
+            raise ValueError(
+                "Invalid `model`: it runs inside a DistributedDataParallel; expected that, as in "
+                "tb.Multilevel(ddp, optimizer)."
+            )
+
+    def _on_use(self) -> None:
+        """A layer is about to use a weight that was changed from outside.
+
+        Ranks may evaluate alone, so they do not leave the phase then; the layer computes with the weight as it is.
+        """
+        if self._ranks is None or torch.is_grad_enabled():
+            self._on_edit()
 
     @torch.no_grad()
     def _on_edit(self) -> None:

@@ -35,6 +35,11 @@ class Choice:
         return self.sparse if self.kind == "sparse" else self.dense
 
 
+def faster(density: float, dense: float, sparse: float) -> Choice:
+    """The faster way through a layer, by its seconds."""
+    return Choice("sparse" if sparse < MARGIN * dense else "dense", density, dense, sparse)
+
+
 class Timings:
     """Seconds of a training pass through one layer, dense and sparse, by shape and density; each is measured once.
 
@@ -44,16 +49,15 @@ class Timings:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def choose(self, module: nn.Module, form: Form, weight: Tensor, where: Support, seen: Seen) -> Choice:
-        """The faster way through `module` for such an input, with the live entries of `weight`."""
-        density = where.density
+    def layer(self, module: nn.Module, form: Form, weight: Tensor, where: Support, seen: Seen) -> tuple[float, float]:
+        """Seconds of a training pass through `module` for such an input, dense and with the entries `where` alone."""
         key = (
             f"{form.name} {tuple(weight.shape)} {weight.dtype} {seen.shape} {seen.needs_grad} "
             f"{torch.get_num_threads()} threads"
         )
         dense = self._time(f"{key} dense", lambda: _dense(module, form, weight, where, seen))
-        sparse = self._time(f"{key} {_rounded(density)}", lambda: _sparse(module, form, weight, where, seen))
-        return Choice("sparse" if sparse < MARGIN * dense else "dense", density, dense, sparse)
+        sparse = self._time(f"{key} {_rounded(where.density)}", lambda: _sparse(module, form, weight, where, seen))
+        return dense, sparse
 
     def passes(
         self, key: str, model: nn.Module, inputs: tuple[Tensor, ...], parameters: list[Tensor], density: float

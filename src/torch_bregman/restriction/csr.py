@@ -105,7 +105,7 @@ class _SparseLinear(torch.autograd.Function):
         values = values.contiguous()
         bias = None if bias is None else bias.contiguous()
         _run(csr.product(DTYPES[x.dtype]), pattern.lists[0], values, xt, y, bias, relu)
-        ctx.pattern, ctx.whole, ctx.near, out = pattern, whole, near, y.t()
+        ctx.pattern, ctx.near, out = pattern, near, y.t()
         ctx.save_for_backward(xt, values, out if relu else None)
         return out
 
@@ -119,7 +119,7 @@ class _SparseLinear(torch.autograd.Function):
         gt = _batch_last(grad)
         if out is not None:
             gt = torch.ops.aten.threshold_backward(gt, out.t(), 0)
-        to_x = to_values = to_bias = None
+        to_x = to_values = to_bias = to_whole = None
         if ctx.needs_input_grad[0]:
             to_x = torch.empty_like(xt)
             _run(csr.product(name), pattern.lists[1], values, gt, to_x)
@@ -131,11 +131,9 @@ class _SparseLinear(torch.autograd.Function):
                 _run(csr.sampled(name), ctx.near.rows, to_values[len(pattern) :], xt, gt)
         if ctx.needs_input_grad[2]:
             to_bias = gt.sum(1)
-        if ctx.whole is not None and ctx.whole.grad is None:
-            ctx.whole.grad = gt @ xt.t()
-        elif ctx.whole is not None:
-            ctx.whole.grad.addmm_(gt, xt.t())
-        return to_x, to_values, to_bias, None, None, None, None
+        if ctx.needs_input_grad[4]:
+            to_whole = gt @ xt.t()
+        return to_x, to_values, to_bias, None, to_whole, None, None
 
 
 def sparse_linear(
@@ -151,7 +149,7 @@ def sparse_linear(
         x: [batch, in], float32 or float64, in the memory of this machine.
         values: the live weights, in the order of `pattern.restrict`.
         bias: [out] or None.
-        whole: W itself; then backward also adds the gradient of all its entries to `whole.grad`, by a dense product.
+        whole: W itself; then its gradient is that of all its entries, by a dense product. Its values are not looked at.
         near: further entries of W, all zero, whose gradient is wanted too: `values` goes on with theirs, which are not
             looked at.
         relu: max(y, 0) instead, without another pass over y.

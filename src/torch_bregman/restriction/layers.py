@@ -211,13 +211,16 @@ class Layer(Watch):
         seen: the last input; None before the first call, and where the sparse form could not have taken it.
         work: floating-point operations of its forward pass in the last training call, 2 · weights · positions.
         live: the weights that it computes with; None where it computes as ever.
+        on_training: called before every training call.
         on_edit: called when W was changed from outside, before it is used.
     """
 
-    def __init__(self, name: str, module: nn.Module, form: Form, on_edit: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, form: Form, on_training: Callable[[], None], on_edit: Callable[[], None]
+    ) -> None:
         super().__init__(module)
         self.weight: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
-        self.name, self.form, self.on_edit = name, form, on_edit
+        self.name, self.form, self.on_training, self.on_edit = name, form, on_training, on_edit
         self.seen: Seen | None = None
         self.work = 0.0
         self._size = 2.0 * self.weight.numel()
@@ -232,6 +235,7 @@ class Layer(Watch):
         dtype = weight.dtype if self.live is None else self.live.plain.dtype
         training = torch.is_grad_enabled()
         if training:
+            self.on_training()
             self.work = self._size * self._positions(x)
         fits = kernels.available() and x.dtype == dtype and x.dtype in DTYPES and x.device.type == "cpu" and x.dim() > 1
         if not fits or torch.is_autocast_enabled("cpu"):
