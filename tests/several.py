@@ -16,7 +16,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def together(module: str, function: str, size: int, *args: object, timeout: float = 240) -> None:
+def together(module: str, function: str, size: int, *args: object, timeout: float = 400) -> None:
     """Call `function` of the test module in `size` processes with the rank as first argument; fails where one fails."""
     port = free_port()
     code = f"import sys, {module}; {module}.{function}(*sys.argv[1:])"
@@ -59,7 +59,7 @@ def torchrun(folder: Path, *args: object, size: int = 2, options: tuple[str, ...
     )
 
 
-def outcome(process: subprocess.Popen, timeout: float = 120) -> str:
+def outcome(process: subprocess.Popen, timeout: float = 300) -> str:
     """All that it said, when it has ended."""
     try:
         return process.communicate(timeout=timeout)[0]

@@ -33,7 +33,7 @@ from ..report import weight_pattern
 from ..report.words import near
 from ..rivals import Lasso
 from .display import Display
-from .files import RunError, latest_checkpoint, save_checkpoint, write_atomically
+from .files import RunError, write_atomically
 from .ranks import ALONE, Looks, Ranks
 from .recipe import (
     DENSE,
@@ -68,7 +68,6 @@ def fit(
     Raises RunError for what a person can act on, Stopped after Ctrl-C or SIGTERM.
     """
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint = run / "checkpoint.pt"
     device = pick_device(ranks.device_name(recipe.device))
     if device.type == "cpu":
         # Averages of gradients that have become zero decay through the subnormal numbers, on which a CPU is up to a
@@ -139,14 +138,14 @@ def fit(
 
     with Display(
         recipe.epochs, steps_per_epoch, asked=recipe.density, quiet=quiet, title=title, silent=not ranks.first
-    ) as display:
-        saved = latest_checkpoint(checkpoint, display.message)
+    ) as display, ranks.checkpoints(run, display.message) as checkpoints:  # fmt: skip
+        saved = checkpoints.load(model, optimizer)
         if saved is None:
             order_at_start = order.get_state()
         else:
             if saved["recipe"] != asdict(recipe):
                 changed = [k for k, v in asdict(recipe).items() if saved["recipe"].get(k) != v]
-                raise RunError(f"The checkpoint {checkpoint} was made with other options: {', '.join(changed)}.")
+                raise RunError(f"The checkpoint {checkpoints.path} was made with other options: {', '.join(changed)}.")
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
@@ -163,7 +162,8 @@ def fit(
             order_at_start = saved["order"]
             order.set_state(order_at_start)
             noise.set_state(saved["noise"])
-            torch.set_rng_state(saved["random"])
+            if saved["random"] is not None:
+                torch.set_rng_state(saved["random"])
             if saved["cuda"] is not None and device.type == "cuda":
                 torch.cuda.set_rng_state(saved["cuda"], device)
             for row in rows[-12:]:
@@ -178,17 +178,19 @@ def fit(
         looks = Looks(ranks, LOOK_EVERY)
         pause = SAVE_EVERY
 
-        def save(epoch: int, batch: int) -> None:
+        def save(epoch: int, batch: int, *, urgent: bool = False) -> None:
             nonlocal last_save, pause
             start = time.perf_counter()
-            if ranks.first:
-                save_checkpoint(checkpoint, state(epoch, batch))
+            step = (epoch - 1) * steps_per_epoch + batch
+            check_weights(model, step, checkpoints.last, ranks)
+            ranks.share_buffers(model)
+            checkpoints.save(step, state(epoch, batch), urgent=urgent)
             last_save = time.perf_counter()
             pause = max(SAVE_EVERY, (last_save - start) / SAVE_SHARE)
 
         metrics = Metrics(run, rows, silent=not ranks.first)
 
-        with stop_signals() as stopping:
+        with stop_signals(patient=ranks.size > 1) as stopping:
             if not rows:
                 scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, ranks)
                 rows.append(measure(0, None, scores, model, optimizer, recipe, 0.0, 0.0))
@@ -223,15 +225,16 @@ def fit(
                         stop, late = looks.agree(stopping(), time.perf_counter() - last_save > pause)
                         ranks.average_(losses[averaged:i])
                         averaged = i
-                        display.loss(finite(losses[:i], epoch, steps_per_epoch, checkpoint)[-1].item())
+                        display.loss(finite(losses[:i], epoch, steps_per_epoch, checkpoints.last)[-1].item())
+                        checkpoints.look()
                         if stop or late:
-                            check_weights(model, (epoch - 1) * steps_per_epoch + i, checkpoint, ranks)
-                            save(epoch, i)
+                            save(epoch, i, urgent=stop)
                         if stop:
+                            checkpoints.wait()
                             raise Stopped(f"Stopped at epoch {epoch}, step {i} of {steps_per_epoch}; saved.")
 
                 ranks.average_(losses[averaged:])
-                train_loss = finite(losses, epoch, steps_per_epoch, checkpoint).mean().item()
+                train_loss = finite(losses, epoch, steps_per_epoch, checkpoints.last).mean().item()
                 seconds = time.perf_counter() - epoch_began
                 scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, ranks)
                 rate = recipe.batch_size * (i - done) / max(seconds, 1e-9)
@@ -251,8 +254,7 @@ def fit(
                 done, losses[:] = 0, math.nan
                 order_at_start = order.get_state()
                 if any(ranks.any(epoch == recipe.epochs or time.perf_counter() - last_save > pause)):
-                    check_weights(model, epoch * steps_per_epoch, checkpoint, ranks)
-                    save(epoch + 1, 0)
+                    save(epoch + 1, 0, urgent=epoch == recipe.epochs)
 
     seconds = spent + time.perf_counter() - began
     save_model(run / "last.safetensors", model, ranks)
@@ -379,7 +381,7 @@ def work(levels: Multilevel | None) -> dict[str, Any]:
     return {"fine_steps": fine, "coarse_steps": coarse, "flops": levels.flops, "dense_flops": levels.dense_flops}
 
 
-def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path) -> Tensor:
+def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path | None) -> Tensor:
     """The losses, or a RunError that names the first step at which one was not finite."""
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
@@ -388,25 +390,28 @@ def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path) -
     return losses
 
 
-def check_weights(model: nn.Module, step: int, checkpoint: Path, ranks: Ranks) -> None:
+def check_weights(model: nn.Module, step: int, checkpoint: Path | None, ranks: Ranks) -> None:
     """RunError where a weight is not finite, so that no such weight is ever saved."""
     good = torch.stack([ranks.own(p).isfinite().all() for p in model.parameters()]).all()
     if any(ranks.any(not good)):
         raise not_finite("A weight became infinite or nan", step, checkpoint)
 
 
-def not_finite(what: str, step: int, checkpoint: Path) -> RunError:
-    saved = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
+def not_finite(what: str, step: int, checkpoint: Path | None) -> RunError:
+    saved = f"the last good checkpoint is {checkpoint}" if checkpoint is not None else "nothing was saved yet"
     return RunError(f"{what} at step {step}; {saved}. A smaller --lr may help.")
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag that the loop reads; a second one interrupts at once."""
+def stop_signals(*, patient: bool = False) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM set a flag that the loop reads; a second one interrupts at once.
+
+    `patient`: it does not, for torchrun sends one that the terminal has sent already, and kills who takes too long.
+    """
     flag = threading.Event()
 
     def handle(number: int, frame: Any) -> None:
-        if flag.is_set():
+        if flag.is_set() and not patient:
             raise KeyboardInterrupt
         flag.set()
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 
 from ..choices import choose
 from ..data import DataError
-from .files import RunError
+from .files import OneFile, RunError
 from .recipe import RIVALS, Recipe
+
+if TYPE_CHECKING:
+    from .folders import Folders
 
 STRATEGIES = ("none", "ddp", "fsdp")
 TORCHRUN = "torchrun --standalone --nproc-per-node 2 -m torch_bregman"
@@ -180,7 +184,15 @@ class Ranks:
                     raise other
         return value  # type: ignore[return-value]
 
-    # ------------------------------------------------------------------ weights in one piece
+    # ------------------------------------------------------------------ files
+
+    def checkpoints(self, run: Path, warn: Callable[[str], None]) -> OneFile | Folders:
+        """Where the run is saved."""
+        if self.strategy == "none":
+            return OneFile(run, warn)
+        from .folders import Folders  # takes a second to import
+
+        return Folders(run, warn, self)
 
     def whole(self, weight: Tensor) -> Tensor:
         """`weight` in one piece on every rank."""

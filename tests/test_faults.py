@@ -1,0 +1,198 @@
+"""Ranks that are stopped, killed, or late, disks that are full, and files that are damaged."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from several import together
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from torch_bregman.train import Recipe, fit, loop
+from torch_bregman.train.files import RunError
+from torch_bregman.train.loop import Stopped
+from torch_bregman.train.ranks import ALONE, start
+
+
+def norm_net(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Running statistics and dropout: state that each rank has for itself."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(shape[-1] * shape[-2], 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Dropout(0.2),
+        nn.Linear(40, classes),
+    )  # fmt: skip
+
+
+CASES = {
+    "mlp": {},
+    "norm": {"model": "test_faults:norm_net", "optimizer": "linbreg", "momentum": 0.5, "schedule": "plateau"},
+    "bf16": {"precision": "bf16", "control": "exact"},
+    "adam": {"optimizer": "adam", "density": None},
+}
+STOPS = (5, 13, 14)
+
+
+def recipe(options: dict) -> Recipe:
+    return Recipe(**{"epochs": 4, "density": 0.1, "limit": 300, "batch_size": 64, "threads": 1, **options}).check()
+
+
+@contextmanager
+def stopped_at(steps: tuple[int, ...], rank: int = 0):
+    """SIGTERM for `rank` after these steps, which all ranks are to hear of."""
+    counted = [0]
+
+    def count(optimizer, *_):
+        counted[0] += 1
+        if counted[0] in steps and int(os.environ.get("RANK", "0")) == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handle = register_optimizer_step_post_hook(count)
+    yield
+    handle.remove()
+
+
+def train_in_parts(folder: str) -> None:
+    """What each rank does: every case in one go, and in parts."""
+    loop.LOOK_EVERY = loop.SAVE_EVERY = 0.0
+    with start("ddp", recipe({}), 60.0) as ranks:
+        for name, options in CASES.items():
+            fit(recipe(options), Path(folder) / name / "whole", quiet=True, ranks=ranks)
+        for name, options in CASES.items():
+            run = Path(folder) / name / "parts"
+            with stopped_at(STOPS, rank=1):
+                for _ in STOPS:
+                    with pytest.raises(Stopped, match="Stopped at epoch"):
+                        fit(recipe(options), run, quiet=True, ranks=ranks)
+                ranks.on_first(lambda run=run: shutil.copytree(run, run.with_name("stopped")))
+                fit(recipe(options), run, quiet=True, ranks=ranks)
+        run = Path(folder) / "alone"
+        fit(recipe({}), run, quiet=True, ranks=ranks)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    with pytest.MonkeyPatch.context() as patch:  # a run of one process, that two go on with
+        patch.setattr(loop, "LOOK_EVERY", 0.0)
+        with stopped_at((7,)), pytest.raises(Stopped):
+            fit(recipe({}), folder / "alone", quiet=True)
+    together("test_faults", "train_in_parts", 2, folder)
+    return folder
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last.safetensors")
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- stopped and resumed
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_that_were_stopped_go_on_bit_for_bit(trained, name):
+    for key, weight in weights_of(trained / name / "whole").items():
+        assert torch.equal(weight, weights_of(trained / name / "parts")[key]), key
+    same = ("train_loss", "val_loss", "density", "lam")
+    whole, parts = rows_of(trained / name / "whole"), rows_of(trained / name / "parts")
+    assert [[row.get(k) for k in same] for row in whole] == [[row.get(k) for k in same] for row in parts]
+
+
+def test_one_process_goes_on_with_what_two_have_saved(trained, tmp_path):
+    run = shutil.copytree(trained / "mlp" / "stopped", tmp_path / "run")
+    fit(recipe({}), run, quiet=True)
+    for key, weight in weights_of(trained / "mlp" / "whole").items():
+        torch.testing.assert_close(weights_of(run)[key], weight, rtol=1e-5, atol=1e-5)
+    assert (run / "checkpoint.pt").exists()
+
+
+def test_two_ranks_go_on_with_what_one_process_has_saved(trained, tmp_path):
+    fit(recipe({}), tmp_path, quiet=True)
+    for key, weight in weights_of(tmp_path).items():
+        torch.testing.assert_close(weights_of(trained / "alone")[key], weight, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- damaged files
+
+
+def newest(run: Path) -> tuple[str | None, list[str]]:
+    """The folder that would be loaded, and what is said."""
+    from torch_bregman.train.folders import newest_folder
+
+    said: list[str] = []
+    folder = newest_folder(run / "checkpoint", ALONE, said.append)
+    return folder.name if folder else None, said
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata", "run.pt", "manifest.json"])
+def test_a_damaged_file_is_found_and_the_checkpoint_before_is_taken(trained, tmp_path, damage, file):
+    run = shutil.copytree(trained / "mlp" / "parts", tmp_path / "run")
+    before, last = sorted((run / "checkpoint").iterdir())
+    assert newest(run) == (last.name, [])
+    damage(last / file)
+    name, said = newest(run)
+    assert name == before.name
+    assert len(said) == 1
+    assert f"{last} is damaged" in said[0]
+    assert file in said[0] or file == "manifest.json"  # a wrong checksum in it points to another file
+    damage(before / file)
+    with pytest.raises(RunError, match="damaged"):
+        newest(run)
+
+
+def test_a_folder_without_its_name_is_not_a_checkpoint(trained, tmp_path):
+    run = shutil.copytree(trained / "mlp" / "parts", tmp_path / "run")
+    before, last = sorted((run / "checkpoint").iterdir())
+    last.rename(last.with_name(last.name + ".tmp"))
+    assert newest(run) == (before.name, [])
+
+
+class Evil:
+    """Pickled, it writes a file where it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_loading_runs_no_code(trained, tmp_path):
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    from torch_bregman.train.folders import SafeReader
+
+    run = shutil.copytree(trained / "mlp" / "parts", tmp_path / "run")
+    metadata = sorted((run / "checkpoint").iterdir())[-1] / ".metadata"
+    good = pickle.loads(metadata.read_bytes())
+    for evil in (Evil(tmp_path / "ran"), {"x": Evil(tmp_path / "ran")}):
+        good.planner_data = evil
+        metadata.write_bytes(pickle.dumps(good))
+        with pytest.raises(RunError, match=r"asks for (posix|nt)\.mkdir"):
+            SafeReader(metadata.parent).read_metadata()
+    good.planner_data = None
+    first = next(iter(good.state_dict_metadata))
+    good.state_dict_metadata[first] = BytesStorageMetadata()  # torch would unpickle what such an entry points to
+    metadata.write_bytes(pickle.dumps(good))
+    with pytest.raises(RunError, match="BytesStorageMetadata"):
+        SafeReader(metadata.parent).read_metadata()
+    assert not (tmp_path / "ran").exists()
