@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -305,21 +306,50 @@ def start(strategy: str, recipe: Recipe, timeout: float = 600.0) -> Iterator[Ran
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        store = fresh_store(rank, size, limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         yield ranks
     except RuntimeError as error:
         if not _lost(error):
             raise
         # The group is not taken down: a rank that is gone would be waited for.
+        late = "time" in str(error).lower()
+        what = f"did not answer within the {timeout:g} seconds of --timeout" if late else "is gone"
         raise RunError(
-            f"Another rank is gone, or did not answer within {timeout:g} seconds ({str(error).splitlines()[0]}). "
-            "The last good checkpoint stays; torchrun --max-restarts starts all ranks again from there."
+            f"Another rank {what}. The last good checkpoint stays: torchrun --max-restarts N goes on from there by "
+            "itself, and --resume by hand."
         ) from None
     except BaseException:
         dist.destroy_process_group()
         raise
     else:
         dist.destroy_process_group()
+
+
+def fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks find each other's addresses, empty.
+
+    When torchrun starts the ranks again its store still holds the addresses of those that are gone
+    (github.com/pytorch/pytorch/issues/135712), and its count of restarts differs between machines. So the first rank
+    makes up a name, and takes up with the processes that answer to it now.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    nonce = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", nonce)
+        for other in range(1, size):
+            answer = store.get(f"{nonce}/{other}").decode()
+            store.set(f"{nonce}/{other}/{answer}", "")
+        return dist.PrefixStore(nonce, store)
+    begun = time.monotonic()
+    while time.monotonic() - begun < timeout.total_seconds():
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{rank}", nonce)
+        if store.check([f"{attempt}/{rank}/{nonce}"]):
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.05)
+    raise RunError(f"The first rank did not answer within the {timeout.total_seconds():g} seconds of --timeout.")
 
 
 def _lost(error: RuntimeError) -> bool:
