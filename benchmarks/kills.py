@@ -61,7 +61,7 @@ def start(run: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks),
         "--max-restarts", str(2 * options.kills + 10), "--monitor-interval", "0.1",
         __file__, "worker", "train", "digits", "--strategy", options.strategy, "--epochs", str(options.epochs),
-        "--batch-size", "20", "--density", "0.1", "--quiet", "--out", str(run),
+        "--batch-size", "50", "--density", "0.1", "--quiet", "--out", str(run),
     ]  # fmt: skip
     log = open(run.with_suffix(".log"), "wb")  # noqa: SIM115 - the process has it
     return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -105,7 +105,7 @@ def work() -> None:
     from torch_bregman.cli import main as command_line
     from torch_bregman.train import loop
 
-    loop.LOOK_EVERY, loop.SAVE_EVERY, loop.SAVE_SHARE = 0.05, 0.0, 1e9
+    loop.LOOK_EVERY, loop.SAVE_EVERY, loop.SAVE_SHARE = 0.1, 0.5, 1e9
     command_line(sys.argv[2:])
 
 

@@ -1,11 +1,15 @@
 """Ranks that are stopped, killed, or late, disks that are full, and files that are damaged."""
 
+import io
 import json
 import os
 import pickle
+import re
+import resource
 import shutil
 import signal
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -31,7 +35,7 @@ def norm_net(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 CASES = {
     "mlp": {},
-    "norm": {"model": "test_faults:norm_net", "optimizer": "linbreg", "momentum": 0.5, "schedule": "plateau"},
+    "norm": {"model": "test_faults:norm_net", "optimizer": "linbreg", "lr": 0.05, "schedule": "plateau"},
     "bf16": {"precision": "bf16", "control": "exact"},
     "adam": {"optimizer": "adam", "density": None},
 }
@@ -57,8 +61,29 @@ def stopped_at(steps: tuple[int, ...], rank: int = 0):
     handle.remove()
 
 
+@contextmanager
+def struck_at(step: int, fault):
+    """`fault(optimizer)` on the second rank after this step."""
+    counted = [0]
+
+    def count(optimizer, *_):
+        counted[0] += 1
+        if counted[0] == step and os.environ["RANK"] == "1":
+            fault(optimizer)
+
+    handle = register_optimizer_step_post_hook(count)
+    yield
+    handle.remove()
+
+
+def spoil(optimizer: torch.optim.Optimizer) -> None:
+    with torch.no_grad():
+        optimizer.param_groups[0]["params"][0].fill_(float("nan"))
+
+
 def train_in_parts(folder: str) -> None:
-    """What each rank does: every case in one go, and in parts."""
+    """What each rank does: every case in one go, and in parts; then with faults."""
+    rank = os.environ["RANK"]
     loop.LOOK_EVERY = loop.SAVE_EVERY = 0.0
     with start("ddp", recipe({}), 60.0) as ranks:
         for name, options in CASES.items():
@@ -71,8 +96,18 @@ def train_in_parts(folder: str) -> None:
                         fit(recipe(options), run, quiet=True, ranks=ranks)
                 ranks.on_first(lambda run=run: shutil.copytree(run, run.with_name("stopped")))
                 fit(recipe(options), run, quiet=True, ranks=ranks)
-        run = Path(folder) / "alone"
-        fit(recipe({}), run, quiet=True, ranks=ranks)
+        fit(recipe({}), Path(folder) / "alone", quiet=True, ranks=ranks)
+        with struck_at(12, lambda _: time.sleep(1)):
+            fit(recipe({}), Path(folder) / "late", quiet=True, ranks=ranks)
+        with struck_at(12, spoil), pytest.raises(RunError) as stop:
+            fit(recipe({}), Path(folder) / "nan", quiet=True, ranks=ranks)
+        (Path(folder) / "nan" / f"said-{rank}").write_text(str(stop.value))
+        said = io.StringIO()
+        small = 20_000  # bytes in a file: enough for all but the shares of the checkpoints
+        resource.setrlimit(resource.RLIMIT_FSIZE, (small, resource.RLIM_INFINITY))
+        with redirect_stdout(said):
+            fit(recipe({"model": "test_faults:norm_net"}), Path(folder) / "full", quiet=True, ranks=ranks)
+        (Path(folder) / "full" / f"said-{rank}").write_text(said.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +153,32 @@ def test_two_ranks_go_on_with_what_one_process_has_saved(trained, tmp_path):
     fit(recipe({}), tmp_path, quiet=True)
     for key, weight in weights_of(tmp_path).items():
         torch.testing.assert_close(weights_of(trained / "alone")[key], weight, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- faults while it trains
+
+
+def test_a_late_rank_is_waited_for(trained):
+    for key, weight in weights_of(trained / "mlp" / "whole").items():
+        assert torch.equal(weight, weights_of(trained / "late")[key]), key
+
+
+def test_a_weight_that_is_not_finite_on_one_rank_stops_all(trained):
+    first, second = ((trained / "nan" / f"said-{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert re.search(r"(loss became nan at step 13|weight became infinite or nan at step 12); the last good", first)
+    name, said = newest(trained / "nan")
+    assert name is not None
+    assert int(name.removeprefix("step-")) < 12
+    assert name in first
+    assert not said
+
+
+def test_a_full_disk_is_a_warning_and_training_goes_on(trained):
+    assert rows_of(trained / "full")[-1]["event"] == "end"
+    said = (trained / "full" / "said-0").read_text()
+    assert re.search(r"Could not save .*step-\d+: File too large\. Training goes on", said), said
+    assert not list((trained / "full").glob("checkpoint/*"))  # what was written in part would fill the disk
 
 
 # ---------------------------------------------------------------------- damaged files

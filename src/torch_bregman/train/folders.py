@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from . import files
 from .files import RunError, latest_checkpoint
@@ -145,7 +146,7 @@ class Folders:
 
     def _write_files(self, folder: Path, rest: bytes) -> dict[str, str]:
         """Write this rank's files; returns their checksums."""
-        dcp.save(dict(self._staged), storage_writer=FileSystemWriter(str(folder)), process_group=self._group)
+        save_tensors(dict(self._staged), storage_writer=FileSystemWriter(str(folder)), process_group=self._group)
         mine = [path.name for path in folder.glob(f"__{self.ranks.rank}_*")]
         if self.ranks.first:
             files.write_atomically(folder / "run.pt", rest)
@@ -244,10 +245,11 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         chain += [failure for failure, _ in error.failures.values()]
     for one in chain:
-        while one is not None:
-            if isinstance(one, OSError) and one.strerror:
-                return one.strerror
-            one = one.__cause__ or one.__context__
+        cause: BaseException | None = one
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.strerror:
+                return cause.strerror
+            cause = cause.__cause__ or cause.__context__
     return str(chain[-1]).splitlines()[0] or type(chain[-1]).__name__
 
 
@@ -277,6 +279,7 @@ def read_tensors(
     like = model_and_parameters(model, optimizer)
     tensors: dict[str, Tensor] = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
         shape, dtype = entry.size, entry.properties.dtype
         owner = like.get(name.rpartition(".")[0] if name.startswith("optimizer.") else name)
         if owner is not None and owner.shape == shape:
@@ -285,7 +288,7 @@ def read_tensors(
             tensors[name] = torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
+        load_tensors(tensors, storage_reader=reader, no_dist=ranks.size == 1)
     found = {"model": {}, "optimizer": rest["optimizer"]}
     for name, tensor in tensors.items():
         kind, _, key = name.partition(".")

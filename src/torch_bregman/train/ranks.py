@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..choices import choose
 from ..data import DataError
@@ -211,7 +213,7 @@ class Ranks:
 
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
-    def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
+    def whole_state(self, model: nn.Module) -> dict[str, Any]:
         """`model.state_dict()` in one piece, with FSDP on the CPU of the first rank only."""
         self.share_buffers(model)
         if self.strategy != "fsdp":
@@ -220,7 +222,7 @@ class Ranks:
 
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
-    def load_whole_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+    def load_whole_state(self, model: nn.Module, state: dict[str, Any]) -> None:
         """The reverse; only the `state` of the first rank counts. Of tied weights one may be missing."""
         if self.size == 1:
             model.load_state_dict(state, strict=False)
@@ -327,27 +329,27 @@ def start(strategy: str, recipe: Recipe, timeout: float = 600.0) -> Iterator[Ran
         dist.destroy_process_group()
 
 
-def fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+def fresh_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Where the ranks find each other's addresses, empty.
 
     When torchrun starts the ranks again its store still holds the addresses of those that are gone
     (github.com/pytorch/pytorch/issues/135712), and its count of restarts differs between machines. So the first rank
     makes up a name, and takes up with the processes that answer to it now.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
     nonce = uuid.uuid4().hex
     if rank == 0:
         store.set("attempt", nonce)
         for other in range(1, size):
             answer = store.get(f"{nonce}/{other}").decode()
             store.set(f"{nonce}/{other}/{answer}", "")
-        return dist.PrefixStore(nonce, store)
+        return PrefixStore(nonce, store)
     begun = time.monotonic()
     while time.monotonic() - begun < timeout.total_seconds():
         attempt = store.get("attempt").decode()
         store.set(f"{attempt}/{rank}", nonce)
         if store.check([f"{attempt}/{rank}/{nonce}"]):
-            return dist.PrefixStore(attempt, store)
+            return PrefixStore(attempt, store)
         time.sleep(0.05)
     raise RunError(f"The first rank did not answer within the {timeout.total_seconds():g} seconds of --timeout.")
 
