@@ -9,6 +9,7 @@ again and again, also while it starts or writes a checkpoint. Writes benchmarks/
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -26,8 +27,6 @@ RESULT = Path(__file__).parent / "results" / "kills.json"
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["worker"]:
-        return work()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
@@ -69,27 +68,29 @@ def start(run: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
 
 def disturb(job: subprocess.Popen[bytes], run: Path, options: argparse.Namespace) -> tuple[int, list[int]]:
     """Kill ranks until there were enough kills or the run has ended: their number, and the step that was saved then."""
-    rng, kills, steps, begun = random.Random(options.seed), 0, [], time.perf_counter()
-    pause, known, fresh = 0.0, set(), time.perf_counter()
-    while job.poll() is None:
-        time.sleep(0.02)
-        ranks = children(job.pid)
-        if ranks != known:  # torchrun has started them again: this time they live for a random while
-            known, fresh = ranks, time.perf_counter()
-            pause = rng.uniform(0.0, 1.0) * (6.0 if kills % 3 else 20.0)
-        if kills < options.kills and len(ranks) == options.ranks and time.perf_counter() - fresh > pause:
-            saved = sorted(path.name for path in (run / "checkpoint").glob("step-*") if not path.suffix)
-            try:
-                os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+    rng, kills, steps, begun = random.Random(options.seed), 0, list[int](), time.perf_counter()
+    while job.poll() is None and kills < options.kills:
+        ranks, last = children(job.pid), saved(run)
+        early = rng.random() < 0.1  # at any moment, else after a save of these ranks
+        while job.poll() is None and not early and saved(run) == last:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 2.0))
+        if len(ranks) < options.ranks or ranks != children(job.pid):
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
             kills += 1
-            steps.append(int(saved[-1].removeprefix("step-")) if saved else 0)
+            steps.append(saved(run))
             print(f"{kills} kills, step {steps[-1]} saved, {time.perf_counter() - begun:.0f} s", flush=True)
-            known = set()
-            while ranks & children(job.pid) and job.poll() is None:
-                time.sleep(0.02)
+        while ranks & children(job.pid) and job.poll() is None:
+            time.sleep(0.01)
+    job.wait()
     return kills, steps
+
+
+def saved(run: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoint/step-????????")), default=0)
 
 
 def children(pid: int) -> set[int]:
@@ -110,4 +111,4 @@ def work() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work() if sys.argv[1:2] == ["worker"] else main()

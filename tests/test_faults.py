@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from several import together
+from several import outcome, together, torchrun
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -257,3 +257,54 @@ def test_loading_runs_no_code(trained, tmp_path):
     with pytest.raises(RunError, match="BytesStorageMetadata"):
         SafeReader(metadata.parent).read_metadata()
     assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------------- under torchrun itself
+
+
+def job(folder: Path, run: str, fault: str = "", *args: object, restarts: int = 0):
+    """The training of digits under torchrun, saving at every chance; see often.py."""
+    options = ("--max-restarts", str(restarts), "--monitor-interval", "0.1")
+    args = ("train", "digits", "--strategy", "ddp", "--epochs", 4, "--batch-size", 100, "--out", run, "--quiet", *args)
+    return torchrun(folder, *args, options=options, module="often", env={"FAULT": fault})
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_the_weights_are_the_same(tmp_path):
+    whole, killed = job(tmp_path, "whole"), job(tmp_path, "killed", "kill:30", restarts=1)
+    said = outcome(killed)
+    assert killed.returncode == 0, said
+    assert re.search(r"rank 0: Another rank is gone\. The last good checkpoint stays", said)
+    assert "Resumed killed at epoch" in said
+    assert not outcome(whole).count("Resumed")
+    for key, weight in weights_of(tmp_path / "whole").items():
+        assert torch.equal(weight, weights_of(tmp_path / "killed")[key]), key
+
+
+@pytest.mark.slow
+def test_sigterm_for_torchrun_saves_and_says_how_to_go_on(tmp_path):
+    process = job(tmp_path, "r", "", "--epochs", 100_000)
+    while not list((tmp_path / "r").glob("checkpoint/step-????????")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = outcome(process)
+    assert process.returncode == 1  # torchrun's own
+    assert re.search(r"Stopped at epoch \d+, step \d+ of \d+; saved\. Go on with: torchrun .* --resume r", said), said
+    assert newest(tmp_path / "r")[0] is not None
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_ends_all_with_the_documented_code(tmp_path):
+    said = outcome(process := job(tmp_path, "r", "stop:20"))
+    assert process.returncode == 1
+    assert re.search(r"exitcode +: 130", said), said
+    assert newest(tmp_path / "r")[0] == "step-00000020"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_given_up(tmp_path):
+    said = outcome(process := job(tmp_path, "r", "hang:20", "--timeout", 10))
+    assert process.returncode == 1
+    assert re.search(r"rank 0: Another rank did not answer within the 10 seconds of --timeout\. The last", said), said
+    assert newest(tmp_path / "r")[0] is not None

@@ -78,7 +78,7 @@ class Folders:
             return
         self.look(wait=True)  # to say how the last one ended
         tensors, rest = split(state)
-        rest |= {name: self.ranks.gather(state[name]) for name in ("random", "cuda")}
+        rest["random"], rest["cuda"] = map(list, zip(*self.ranks.gather((state["random"], state["cuda"])), strict=True))
         content = io.BytesIO()
         if self.ranks.first:
             torch.save(rest, content)  # now, for it will change
