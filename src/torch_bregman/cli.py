@@ -32,6 +32,7 @@ from .report import terminal_summary, write_report
 from .report.words import near
 from .train.files import RunError
 from .train.loop import Stopped, evaluate, fit
+from .train.ranks import TORCHRUN, start
 from .train.recipe import Recipe
 
 REFRESH = 2  # times a second; more would disturb what is timed
@@ -56,6 +57,8 @@ def train(
     resume: Path | None = None,
     config: Path | None = None,
     quiet: bool = False,
+    strategy: Literal["none", "ddp", "fsdp"] = "none",
+    timeout: float = 600.0,
 ) -> None:
     """Train a sparse network on DATASET and write a run folder with metrics, checkpoints and report.html.
 
@@ -68,6 +71,8 @@ def train(
     * `torch-bregman train mine.npz --model my_package.nets:make` - your arrays (x_train, y_train, …), your network.
     * `torch-bregman train --resume runs/mnist-mlp-5%` - go on after Ctrl-C, a crash or a power cut.
     * `torch-bregman train --config runs/mnist-mlp-5%/recipe.toml` - the same run again.
+    * `torchrun --standalone --nproc-per-node 2 -m torch_bregman train mnist --strategy ddp` - on two GPUs, or in two
+      processes on the CPU.
 
     Parameters
     ----------
@@ -86,37 +91,40 @@ def train(
         A TOML file with any of these options; options on the command line come before it.
     quiet
         One line per epoch instead of the live table.
+    strategy
+        Under torchrun: ddp (each process has the whole network) or fsdp (each has a part of every weight). Batches are
+        shared out, so the result is that of one process. A run may go on with another strategy or number of processes.
+    timeout
+        With --strategy: seconds after which a process that does not answer is given up.
     """
-    if resume is not None:
-        run, recipe = resume, read_recipe(resume)
-        if dataset not in (None, recipe.dataset):
-            raise RunError(f"The run {run} is of {recipe.dataset}; --resume cannot go on with {dataset}.")
+    recipe = read_recipe(resume) if resume else replace(recipe, dataset=dataset or recipe.dataset).check()
+    if dataset not in (None, recipe.dataset):
+        raise RunError(f"The run {resume} is of {recipe.dataset}; --resume cannot go on with {dataset}.")
+    with start(strategy, recipe, timeout) as ranks:
+        run = ranks.on_first(lambda: resume or begun_before(out, recipe) or new_run(out, recipe, data_root, compare))
         if data_root is None and (run / "data-root").exists():
             data_root = Path((run / "data-root").read_text())
-        compare = compare or (run / "dense").exists()
-    else:
-        recipe = replace(recipe, dataset=dataset or recipe.dataset).check()
-        run = new_run(out, recipe)
-        if data_root is not None:
-            (run / "data-root").write_text(str(data_root.resolve()))  # for --resume
-        recipe.write(run / "recipe.toml")
-        if compare:
-            (run / "dense").mkdir()
-            recipe.twin().write(run / "dense" / "recipe.toml")
+        options: dict[str, Any] = {"data_root": data_root, "quiet": quiet, "ranks": ranks}
+        try:
+            end = ranks.on_first(lambda: finished(run)) or fit(recipe, run, title=title(recipe), **options)
+            if ranks.on_first(lambda: (compare or (run / "dense").exists()) and not finished(run / "dense")):
+                twin = recipe.twin()
+                fit(twin, run / "dense", title=f"dense twin: {title(twin)}", **options)
+        except (DataError, ValueError):
+            if resume is None and ranks.first and not (run / "metrics.jsonl").exists():
+                shutil.rmtree(run)  # it was new, and nothing was trained in it
+            raise
+        except Stopped as stopped:
+            if ranks.first:
+                write_report(run)
+                again = f"torch-bregman train --resume {run}"
+                if strategy != "none":
+                    again = f"{TORCHRUN} train --resume {run} --strategy {strategy}"
+                Console().print(f"{stopped} Go on with: {again}", highlight=False, soft_wrap=True)
+            sys.exit(130)
+    if not ranks.first:
+        return
     console = Console()
-    try:
-        end = finished(run) or fit(recipe, run, data_root=data_root, quiet=quiet, title=title(recipe))
-        if compare and not finished(run / "dense"):
-            twin = recipe.twin()
-            fit(twin, run / "dense", data_root=data_root, quiet=quiet, title=f"dense twin: {title(twin)}")
-    except (DataError, ValueError):
-        if resume is None and not (run / "metrics.jsonl").exists():
-            shutil.rmtree(run)  # it was new, and nothing was trained in it
-        raise
-    except Stopped as stopped:
-        write_report(run)
-        console.print(f"{stopped} Go on with: torch-bregman train --resume {run}", highlight=False, soft_wrap=True)
-        sys.exit(130)
     write_report(run)
     console.print(terminal_summary(run))
     if end["asked_density"] is not None and not near(end["density"], end["asked_density"]):
@@ -483,7 +491,18 @@ def read_recipe(run: Path) -> Recipe:
     return Recipe.read(run / "recipe.toml")
 
 
-def new_run(out: Path | None, recipe: Recipe) -> Path:
+def begun_before(out: Path | None, recipe: Recipe) -> Path | None:
+    """The run folder that these processes had made before torchrun started them again, else None."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    for run in [out] if out is not None else sorted(Path("runs").glob("*"), key=os.path.getmtime, reverse=True):
+        job = run / "torchrun"
+        if job.exists() and job.read_text() == os.environ["TORCHELASTIC_RUN_ID"] and read_recipe(run) == recipe:
+            return run
+    return None
+
+
+def new_run(out: Path | None, recipe: Recipe, data_root: Path | None, compare: bool) -> Path:
     """Make the run folder: `out`, or the first free name under runs/. One that holds something is left alone."""
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -499,6 +518,14 @@ def new_run(out: Path | None, recipe: Recipe) -> Path:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"Could not make the run folder {run}: {error.strerror}.") from None
+    if data_root is not None:
+        (run / "data-root").write_text(str(data_root.resolve()))  # for --resume
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        (run / "torchrun").write_text(os.environ["TORCHELASTIC_RUN_ID"])  # for `begun_before`
+    recipe.write(run / "recipe.toml")
+    if compare:
+        (run / "dense").mkdir()
+        recipe.twin().write(run / "dense" / "recipe.toml")
     return run
 
 
@@ -555,7 +582,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _error(text: str) -> Text:
-    return Text.assemble(("Error: ", "bold red"), " ".join(text.split()))
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return Text.assemble(("Error: ", "bold red"), rank, " ".join(text.split()))
 
 
 if __name__ == "__main__":

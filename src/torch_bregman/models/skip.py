@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..distributed import whole
 from ..layers import LAYERS
 from ..regularizers import L1, Regularizer
 from .shapes import Shape, image_shape
@@ -86,6 +87,6 @@ def skips(model: nn.Module) -> list[dict[str, Any]]:
     before = 0
     for module in model.modules():
         if isinstance(module, SkipChain):
-            found.append({"before": before, "skips": module.skips.tolist()})
+            found.append({"before": before, "skips": whole(module.skips.detach(), lambda t: t).tolist()})
         before += isinstance(module, LAYERS)
     return found

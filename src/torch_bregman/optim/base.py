@@ -178,7 +178,8 @@ class BregmanOptimizer(Optimizer):
 
     # ------------------------------------------------------------------ the step
 
-    @torch._disable_dynamo  # it would fall into a graph for each line; what is worth compiling compiles itself
+    # Else it would fall into a graph for each line; what is worth compiling compiles itself.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure` re-evaluates the loss and returns it. Parameters without a gradient are left alone."""

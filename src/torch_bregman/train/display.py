@@ -29,7 +29,8 @@ class Display:
     """Live table and progress bar on a terminal; one plain line per epoch where output is no terminal (or quiet).
 
     `epochs`, `steps_per_epoch`: the length of the whole run. `asked`: the density asked for, or None. `console`: a rich
-    console to write to, else standard output. Use it as a context manager: the terminal is restored on every way out.
+    console to write to, else standard output. `silent`: write nothing. Use it as a context manager: the terminal is
+    restored on every way out.
 
     The training loop only counts, in `advance`. Rendering happens in rich's thread, four times a second, from numbers
     that the loop has already brought to the CPU. Where rich is not installed the plain lines are written.
@@ -44,13 +45,15 @@ class Display:
         console: "Console | None" = None,
         quiet: bool = False,
         title: str = "",
+        silent: bool = False,
     ) -> None:
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self.asked = asked
         self.title = clean(title, 100)
         self._file = console.file if console is not None else sys.stdout
-        self._console = None if quiet else console if console is not None else _terminal()
+        self._silent = silent
+        self._console = None if quiet or silent else console if console is not None else _terminal()
         if self._console is not None and (not self._console.is_terminal or self._console.is_dumb_terminal):
             self._console = None
         self._live: Live | None = None
@@ -123,6 +126,8 @@ class Display:
         self._line(line + "  on target" if self._on_target(row) else line)
 
     def _line(self, text: str) -> None:
+        if self._silent:
+            return
         encoding = getattr(self._file, "encoding", None) or "utf-8"
         # Training goes on where the log cannot show a character, as with LANG=C.
         self._file.write(text.encode(encoding, "replace").decode(encoding) + "\n")

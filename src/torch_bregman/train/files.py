@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
 from .. import files
 
@@ -71,3 +72,40 @@ def latest_checkpoint(path: Path, warn: Callable[[str], None]) -> dict[str, Any]
     if damaged is not None:
         raise damaged
     return None
+
+
+class OneFile:
+    """The checkpoint of a single process: `run`/checkpoint.pt. Reads those of several, too; see `folders.Folders`."""
+
+    def __init__(self, run: Path, warn: Callable[[str], None]) -> None:
+        self.path, self.warn = run / "checkpoint.pt", warn
+
+    def __enter__(self) -> OneFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @property
+    def last(self) -> Path | None:
+        """The last good checkpoint."""
+        return self.path if self.path.exists() else None
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """What was saved last and is undamaged; None where nothing was, RunError where all of it is damaged."""
+        if any(self.path.parent.glob("checkpoint/step-*")):
+            from .folders import latest
+            from .ranks import ALONE
+
+            return latest(self.path.parent, ALONE, model, optimizer, self.warn)[0]
+        return latest_checkpoint(self.path, self.warn)
+
+    def save(self, step: int, state: dict[str, Any], *, urgent: bool = False) -> None:
+        """Write `state`, that of the run after `step` steps; RunError where that fails."""
+        save_checkpoint(self.path, state)
+
+    def look(self) -> None:
+        """Nothing goes on in the background."""
+
+    def wait(self) -> None:
+        """Nothing goes on in the background."""

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import threading
 import time
 import warnings
@@ -36,7 +35,8 @@ from ..report import weight_pattern
 from ..report.words import near
 from ..rivals import Lasso, Rival, training_flops
 from .display import Display
-from .files import RunError, latest_checkpoint, save_checkpoint, write_atomically
+from .files import RunError, write_atomically
+from .ranks import ALONE, Looks, Ranks
 from .recipe import (
     DENSE,
     RIVALS,
@@ -62,22 +62,24 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 def fit(
-    recipe: Recipe, run: Path, *, data_root: Path | None = None, quiet: bool = False, title: str = ""
-) -> dict[str, Any]:
+    recipe: Recipe, run: Path, *, data_root: Path | None = None, quiet: bool = False, title: str = "",
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:  # fmt: skip
     """Train what `recipe` says in the folder `run`, going on from a checkpoint there; returns its last metrics row.
+
+    `ranks`: the processes that train together, in which case all of them call this; see `ranks.start`.
 
     Raises RunError for what a person can act on, Stopped after Ctrl-C or SIGTERM.
     """
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint = run / "checkpoint.pt"
-    device = pick_device(recipe.device)
+    device = pick_device(ranks.device_name(recipe.device))
     if device.type == "cpu":
         # Averages of gradients that have become zero decay through the subnormal numbers, on which a CPU is up to a
         # hundred times slower.
         torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True  # a resumed run is the same run
 
-    data = load(recipe.dataset, data_root, limit=recipe.limit).to(device)
+    data = ranks.in_turn(lambda: load(recipe.dataset, data_root, limit=recipe.limit)).to(device)
     steps_per_epoch = math.ceil(len(data.train) / recipe.batch_size)
     total_steps = recipe.epochs * steps_per_epoch
 
@@ -88,15 +90,18 @@ def fit(
         start_sparse(recipe, model)
     model.to(device)
     layout: dict[str, Any] = {}
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    if ranks.strategy != "fsdp" and any(isinstance(module, nn.Conv2d) for module in model.modules()):
         layout = {"memory_format": torch.channels_last}
         model.to(**layout)
     if device.type == "cpu":
-        torch.set_num_threads(recipe.threads or pick_threads(model, data.train.x[: recipe.batch_size]))
+        threads = pick_threads(model, data.train.x[: recipe.batch_size], ranks.local_size)
+        torch.set_num_threads(recipe.threads or threads)
+    network = ranks.wrap(model, data.train.x[:2])  # what is called; `model` has the weights
+    ranks.own_random_numbers(recipe.seed)
     optimizer = make_optimizer(recipe, model)
     control = make_control(recipe, optimizer, model, total_steps)
     schedule = make_schedule(recipe, optimizer, total_steps)
-    levels = make_levels(recipe, optimizer, model)
+    levels = make_levels(recipe, optimizer, network)
     rival = make_rival(recipe, optimizer, model, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     mixed: Callable[[], Any] = nullcontext
@@ -110,10 +115,16 @@ def fit(
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         if task == "denoise":
-            return F.mse_loss(model(x + noise_scale * torch.randn(x.shape, device=device, generator=noise)), x)
-        return F.cross_entropy(model(x), y)
+            noisy, x = ranks.part(x + noise_scale * torch.randn(x.shape, device=device, generator=noise), x)
+            return F.mse_loss(network(noisy), x)
+        x, y = ranks.part(x, y)
+        return F.cross_entropy(network(x), y)
 
     similarity = similarity_on(data) if task == "denoise" else None
+
+    def scores_on(split: Split, images: int) -> dict[str, float]:
+        return evaluate(model, split, task, noise_scale, mixed, layout, ranks, similarity, images)
+
     noise_scale = recipe.noise / torch.tensor(data.std, device=device).view(-1, *[1] * (len(data.shape) - 1))
     losses = torch.full((steps_per_epoch,), math.nan, device=device)
     rows: list[dict[str, Any]] = []
@@ -134,14 +145,16 @@ def fit(
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }  # fmt: skip
 
-    with Display(recipe.epochs, steps_per_epoch, asked=recipe.density, quiet=quiet, title=title) as display:
-        saved = latest_checkpoint(checkpoint, display.message)
+    with Display(
+        recipe.epochs, steps_per_epoch, asked=recipe.density, quiet=quiet, title=title, silent=not ranks.first
+    ) as display, ranks.checkpoints(run, display.message) as checkpoints:  # fmt: skip
+        saved = checkpoints.load(model, optimizer)
         if saved is None:
             order_at_start = order.get_state()
         else:
             if saved["recipe"] != asdict(recipe):
                 changed = [k for k, v in asdict(recipe).items() if saved["recipe"].get(k) != v]
-                raise RunError(f"The checkpoint {checkpoint} was made with other options: {', '.join(changed)}.")
+                raise RunError(f"The checkpoint {checkpoints.path} was made with other options: {', '.join(changed)}.")
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
@@ -158,7 +171,8 @@ def fit(
             order_at_start = saved["order"]
             order.set_state(order_at_start)
             noise.set_state(saved["noise"])
-            torch.set_rng_state(saved["random"])
+            if saved["random"] is not None:
+                torch.set_rng_state(saved["random"])
             if saved["cuda"] is not None and device.type == "cuda":
                 torch.cuda.set_rng_state(saved["cuda"], device)
             for row in rows[-12:]:
@@ -169,34 +183,40 @@ def fit(
         elif levels and device.type == "cpu" and not kernels.compiled_before("csr"):
             display.message("The first sparse steps compile their kernels: some seconds, once on this machine.")
         display.start(first_epoch - 1)
-        began = looked = last_save = time.perf_counter()
+        began = last_save = time.perf_counter()
+        looks = Looks(ranks, LOOK_EVERY)
         pause = SAVE_EVERY
 
-        def save(epoch: int, batch: int) -> None:
+        def save(epoch: int, batch: int, *, urgent: bool = False) -> None:
             nonlocal last_save, pause
             start = time.perf_counter()
-            save_checkpoint(checkpoint, state(epoch, batch))
+            step = (epoch - 1) * steps_per_epoch + batch
+            check_weights(model, step, checkpoints.last, ranks)
+            ranks.share_buffers(model)
+            checkpoints.save(step, state(epoch, batch), urgent=urgent)
             last_save = time.perf_counter()
             pause = max(SAVE_EVERY, (last_save - start) / SAVE_SHARE)
 
-        metrics = Metrics(run, rows)
+        metrics = Metrics(run, rows, silent=not ranks.first)
 
-        with stop_signals() as stopping:
+        with stop_signals(patient=ranks.size > 1) as stopping:
             if not rows:
-                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, similarity, SSIM_IMAGES)
+                scores = evaluate(
+                    model, data.validation, task, noise_scale, mixed, layout, ranks, similarity, SSIM_IMAGES
+                )
                 rows.append(measure(0, None, scores, model, optimizer, recipe, 0.0, 0.0))
                 metrics.add(rows[0])
-                keep_patterns(run, "start", model)
+                keep_patterns(run, "start", model, ranks)
             for epoch in range(first_epoch, recipe.epochs + 1):
                 model.train()
                 epoch_began = time.perf_counter()
-                i = done
+                i = averaged = done
                 for x, y in batches.epoch(skip=done):
                     if layout:
                         x = x.contiguous(**layout)
                     optimizer.zero_grad()
                     with mixed():
-                        loss = loss_of(x, y)
+                        loss = ranks.weigh(loss_of(x, y), len(x))
                     whole = loss + rival.penalty() if isinstance(rival, Lasso) else loss
                     scaler.scale(whole).backward()  # type: ignore[no-untyped-call]
                     scaler.step(optimizer)
@@ -212,19 +232,24 @@ def fit(
                     losses[i] = loss.detach()
                     i += 1
                     display.advance(len(x))
-                    now = time.perf_counter()
-                    if now - looked > LOOK_EVERY or stopping():
-                        looked = now
-                        display.loss(finite(losses[:i], epoch, steps_per_epoch, checkpoint)[-1].item())
-                        if stopping() or now - last_save > pause:
-                            check_weights(model, (epoch - 1) * steps_per_epoch + i, checkpoint)
-                            save(epoch, i)
-                        if stopping():
+                    if looks.due(stopping()):
+                        stop, late = looks.agree(stopping(), time.perf_counter() - last_save > pause)
+                        ranks.average_(losses[averaged:i])
+                        averaged = i
+                        display.loss(finite(losses[:i], epoch, steps_per_epoch, checkpoints.last)[-1].item())
+                        checkpoints.look()
+                        if stop or late:
+                            save(epoch, i, urgent=stop)
+                        if stop:
+                            checkpoints.wait()
                             raise Stopped(f"Stopped at epoch {epoch}, step {i} of {steps_per_epoch}; saved.")
 
-                train_loss = finite(losses, epoch, steps_per_epoch, checkpoint).mean().item()
+                ranks.average_(losses[averaged:])
+                train_loss = finite(losses, epoch, steps_per_epoch, checkpoints.last).mean().item()
                 seconds = time.perf_counter() - epoch_began
-                scores = evaluate(model, data.validation, task, noise_scale, mixed, layout, similarity, SSIM_IMAGES)
+                scores = evaluate(
+                    model, data.validation, task, noise_scale, mixed, layout, ranks, similarity, SSIM_IMAGES
+                )
                 rate = recipe.batch_size * (i - done) / max(seconds, 1e-9)
                 row = measure(epoch, train_loss, scores, model, optimizer, recipe, seconds, rate) | work(levels)
                 rows.append(row)
@@ -236,22 +261,21 @@ def fit(
                 # A model off the density that was asked for is never the best one; of equals the later is the nearer.
                 if (recipe.density is None or row["on_target"]) and score >= best.get("score", -math.inf):
                     best = {"epoch": epoch, "score": score, **scores}
-                    save_model(run / "best.safetensors", model)
+                    save_model(run / "best.safetensors", model, ranks)
                 if epoch == (recipe.epochs + 1) // 2:
-                    keep_patterns(run, "middle", model)
+                    keep_patterns(run, "middle", model, ranks)
                 done, losses[:] = 0, math.nan
                 order_at_start = order.get_state()
-                if epoch == recipe.epochs or time.perf_counter() - last_save > pause:
-                    check_weights(model, epoch * steps_per_epoch, checkpoint)
-                    save(epoch + 1, 0)
+                if any(ranks.any(epoch == recipe.epochs or time.perf_counter() - last_save > pause)):
+                    save(epoch + 1, 0, urgent=epoch == recipe.epochs)
 
     seconds = spent + time.perf_counter() - began
-    save_model(run / "last.safetensors", model)
+    save_model(run / "last.safetensors", model, ranks)
     if best:
-        load_model(run / "best.safetensors", model)
-    keep_patterns(run, "end", model)
+        load_model(run / "best.safetensors", model, ranks)
+    keep_patterns(run, "end", model, ranks)
     # The one time the test data are touched.
-    scores = evaluate(model, data.test, task, noise_scale, mixed, layout, similarity, len(data.test))
+    scores = scores_on(data.test, len(data.test))
     report = sparsity_report(model)
     kept, size = report.weights
     end = {
@@ -289,15 +313,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_threads(model: nn.Module, x: Tensor) -> int:
+def pick_threads(model: nn.Module, x: Tensor, processes: int = 1) -> int:
     """All cores, or 1 for a network so small that threads cost more than they save: under a GFLOP per forward pass.
 
-    A rule and not a timing, for the number of threads decides about the last bits of a run.
+    `processes` of this machine share the cores. A rule and not a timing, for the number of threads decides about the
+    last bits of a run.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(x)
     model.train()
-    return 1 if counter.get_total_flops() < 1e9 else os.cpu_count() or 1
+    return 1 if counter.get_total_flops() < 1e9 else max((os.cpu_count() or 1) // processes, 1)
 
 
 def start_sparse(recipe: Recipe, model: nn.Module) -> None:
@@ -319,36 +344,45 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
 @torch.no_grad()
 def evaluate(
     model: nn.Module, split: Split, task: str, noise_scale: Tensor, mixed: Callable[[], Any], layout: dict[str, Any],
-    similarity: Callable[[Tensor, Tensor], list[float]] | None = None, images: int = 0,
+    ranks: Ranks = ALONE, similarity: Callable[[Tensor, Tensor], list[float]] | None = None, images: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """val_loss; val_accuracy where there are classes; with `similarity` the mean val_ssim of the first `images`.
 
-    In eval mode, so that norms keep their statistics.
+    In eval mode, so that norms keep their statistics. With several ranks `images` is rounded up to a batch.
     """
+    ranks.share_buffers(model)
     training = model.training
     model.eval()
     loss = torch.zeros((), device=split.x.device)
     correct = torch.zeros((), device=split.x.device)
     alike: list[float] = []
+    seen = 0
     generator = torch.Generator(split.x.device).manual_seed(0)  # the same noise in every epoch
     for x, y in Batches(split, EVALUATION_BATCH):
         with mixed():
             if task == "denoise":
                 noise = torch.randn(x.shape, device=x.device, generator=generator)
-                made = model(x + noise_scale * noise)
-                loss += F.mse_loss(made, x) * len(x)
-                if similarity is not None and (room := images - len(alike)) > 0:
-                    alike += similarity(made[:room], x[:room])
+                noisy, clean = ranks.part(x + noise_scale * noise, x)
+                made, count = model(noisy), ranks.count(len(x))
+                loss += F.mse_loss(made, clean) * count
+                if similarity is not None and seen < images:
+                    room = min(images - seen, count) if ranks.size == 1 else count
+                    alike += similarity(made[:room], clean[:room])
+                seen += len(x)
             else:
-                out = model(x.contiguous(**layout) if layout else x)
-                loss += F.cross_entropy(out, y, reduction="sum")
-                correct += (out.argmax(1) == y).sum()
+                mine, labels = ranks.part(x, y)
+                out = model(mine.contiguous(**layout) if layout else mine)
+                if ranks.count(len(x)):
+                    loss += F.cross_entropy(out, labels, reduction="sum")
+                    correct += (out.argmax(1) == labels).sum()
     model.train(training)
-    scores = {"val_loss": loss.item() / len(split)}
+    all_loss, all_correct = ranks.total(loss, correct)
+    scores = {"val_loss": all_loss / len(split)}
     if task != "denoise":
-        scores["val_accuracy"] = correct.item() / len(split)
-    if alike:
-        scores["val_ssim"] = statistics.fmean(alike)
+        scores["val_accuracy"] = all_correct / len(split)
+    if similarity is not None:
+        of_all, number = ranks.total(*torch.tensor([sum(alike), len(alike)], dtype=torch.float64))
+        scores["val_ssim"] = of_all / number
     return scores
 
 
@@ -422,7 +456,7 @@ def share(counts: list[tuple[int, int]]) -> float | None:
     return sum(alive for alive, _ in counts) / size if size else None
 
 
-def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path) -> Tensor:
+def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path | None) -> Tensor:
     """The losses, or a RunError that names the first step at which one was not finite."""
     wrong = (~losses.isfinite()).nonzero()
     if len(wrong):
@@ -431,24 +465,28 @@ def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path) -
     return losses
 
 
-def check_weights(model: nn.Module, step: int, checkpoint: Path) -> None:
+def check_weights(model: nn.Module, step: int, checkpoint: Path | None, ranks: Ranks) -> None:
     """RunError where a weight is not finite, so that no such weight is ever saved."""
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+    good = torch.stack([ranks.own(p).isfinite().all() for p in model.parameters()]).all()
+    if any(ranks.any(not good)):
         raise not_finite("A weight became infinite or nan", step, checkpoint)
 
 
-def not_finite(what: str, step: int, checkpoint: Path) -> RunError:
-    saved = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
+def not_finite(what: str, step: int, checkpoint: Path | None) -> RunError:
+    saved = f"the last good checkpoint is {checkpoint}" if checkpoint is not None else "nothing was saved yet"
     return RunError(f"{what} at step {step}; {saved}. A smaller --lr may help.")
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag that the loop reads; a second one interrupts at once."""
+def stop_signals(*, patient: bool = False) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM set a flag that the loop reads; a second one interrupts at once.
+
+    `patient`: it does not, for torchrun sends one that the terminal has sent already, and kills who takes too long.
+    """
     flag = threading.Event()
 
     def handle(number: int, frame: Any) -> None:
-        if flag.is_set():
+        if flag.is_set() and not patient:
             raise KeyboardInterrupt
         flag.set()
 
@@ -466,11 +504,14 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 class Metrics:
     """metrics.jsonl, and the same as TensorBoard events where TensorBoard is installed."""
 
-    def __init__(self, run: Path, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, run: Path, rows: list[dict[str, Any]], *, silent: bool = False) -> None:
         self.path = run / "metrics.jsonl"
+        self.board: Any = None
+        self.silent = silent
+        if silent:
+            return
         # What a killed run wrote after its last checkpoint is written again by the resumed one.
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self.board: Any = None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -480,6 +521,8 @@ class Metrics:
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=len(rows) or None)
 
     def add(self, row: dict[str, Any]) -> None:
+        if self.silent:
+            return
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -499,29 +542,33 @@ class Metrics:
             self.board.close()
 
 
-def keep_patterns(run: Path, when: str, model: nn.Module) -> None:
+def keep_patterns(run: Path, when: str, model: nn.Module, ranks: Ranks) -> None:
     """Add the pictures of where the weights are non-zero to patterns.npz."""
     path = run / "patterns.npz"
+    new = {f"{when}/{name}": weight_pattern(ranks.whole(w.detach()).cpu()) for name, _, w in weight_layers(model)}
+    if not ranks.first:
+        return
     pictures: dict[str, np.ndarray[Any, Any]] = {}
     if path.exists() and when != "start":
         with np.load(path, allow_pickle=False) as old:
             pictures = {name: old[name] for name in old.files}
-    for name, _, weight in weight_layers(model):
-        pictures[f"{when}/{name}"] = weight_pattern(weight.detach().cpu())
-    write_atomically(path, lambda file: np.savez_compressed(file, **pictures))  # type: ignore[arg-type]
+    write_atomically(path, lambda file: np.savez_compressed(file, **(pictures | new)))  # type: ignore[arg-type]
 
 
-def save_model(path: Path, model: nn.Module) -> None:
+def save_model(path: Path, model: nn.Module, ranks: Ranks = ALONE) -> None:
     """The weights as safetensors."""
-    tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    state = ranks.whole_state(model)
+    if not ranks.first:
+        return
+    tensors = {name: value.contiguous().cpu() for name, value in state.items()}
     # One copy of tied tensors: safetensors refuses two names for one memory.
     seen: dict[int, str] = {}
     unique = {n: t for n, t in tensors.items() if t.numel() == 0 or seen.setdefault(t.data_ptr(), n) == n}
     write_atomically(path, to_safetensors(unique))
 
 
-def load_model(path: Path, model: nn.Module) -> None:
+def load_model(path: Path, model: nn.Module, ranks: Ranks = ALONE) -> None:
     """Read what `save_model` wrote."""
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(path), strict=False)
+    ranks.load_whole_state(model, load_file(path) if ranks.first else {})
