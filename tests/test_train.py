@@ -155,7 +155,8 @@ def test_models_have_the_sizes_of_the_paper():
     assert size("mlp", (1, 28, 28)) == 784 * 200 + 200 + 200 * 80 + 80 + 80 * 10 + 10
     assert size("convnet", (1, 28, 28)) == 64 * 26 + 64 * (1600 + 1) + 1024 * 128 + 128 + 1290
     assert size("autoencoder", (1, 28, 28)) == 6 * 784 * 785
-    assert size("skipencoder", (1, 28, 28)) == 6 * 784 * 785 + 36
+    assert size("skipencoder", (1, 28, 28)) == 6 * 784 * 785 + 6 * 6
+    assert size("densenet", (1, 28, 28)) == 16 * 10 + 9 * 16 * (16 * 9 + 1) + 2 * 4 * 4 + 170
     assert round(size("resnet18", (3, 32, 32)) / 1e6, 2) == 11.17
 
 

@@ -349,7 +349,7 @@ def reproduce(
     quick
         Few samples, one epoch, the first seed. Written only where --out says, and never over real results.
     plots
-        Also a PNG per table beside docs/results.md: accuracy and density over the epochs.
+        Also a PNG per table beside docs/results.md: accuracy and density over the epochs, or the architecture found.
     page
         Run nothing: only write docs/results.md anew from the result files.
     data_root
