@@ -1,6 +1,6 @@
 """How far several processes are from one, with the same global batch: weights, v and moments after a training.
 
-    python benchmarks/distributed.py [--ranks 2 4] [--steps 200]
+    python benchmarks/distributed.py [--ranks 2 4] [--steps 200] [--ways ddp fsdp hsdp tp]
 
 A cell is the largest difference, relative to the largest entry of its tensor, or "support" where a weight is zero here
 and not there. Small networks with Conv and Linear layers of 5, 3, 7 and 2 rows, so that parts are unequal and some are
@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from distributed_cases import REGULARIZERS, Case, difference, run, start
 
+WAYS = ["ddp", "fsdp", "hsdp", "tp"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--optimizers", nargs="+", default=["LinBreg", "AdaBreg"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args()
     print(f"torch {torch.__version__}, gloo, {options.steps} steps", flush=True)
@@ -38,7 +40,7 @@ def main() -> None:
         expected = {case.optimizer: run(case, "one") for case in cases}
         columns = {}
         for world in options.ranks:
-            ways = ["ddp", "fsdp"] if world == 2 else ["ddp", "fsdp", "hsdp", "tp"]
+            ways = [how for how in options.ways if world > 2 or how in ("ddp", "fsdp")]
             with tempfile.TemporaryDirectory() as folder:
                 ranks = start(train_all, world, Path(folder), cases, ways, timeout=3600)
             for how in ways:
