@@ -4,7 +4,7 @@ benchmarks/distributed.py start them.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import datetime
 import time
 import warnings
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import torch_bregman as tb
-from torch_bregman.distributed import Shards, is_sharded, local
+from torch_bregman.distributed import Shards, assign, is_sharded, local
 
 BATCH = 8
 
@@ -38,10 +38,23 @@ REGULARIZERS = {
 
 
 class Case(NamedTuple):
+    """One training of a network per regulariser, side by side: starting and stepping processes is what takes time."""
+
     optimizer: str
-    regularizer: str
-    dtype: torch.dtype = torch.float64
     steps: int = 10
+    dtype: torch.dtype = torch.float64
+    regularizers: tuple[str, ...] = tuple(REGULARIZERS)
+
+
+class Networks(nn.Module):
+    """Independent networks that get the same input."""
+
+    def __init__(self, names: tuple[str, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.each = nn.ModuleDict({name: network(dtype) for name in names})
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [net(x) for net in self.each.values()]
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -51,13 +64,17 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
         nn.Conv2d(2, 5, 3), nn.Tanh(), nn.Conv2d(5, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 7), nn.Tanh(),
         nn.Linear(7, 2),
     )  # fmt: skip
-    return tb.sparse_init_(model, 0.3, generator=torch.Generator().manual_seed(1), nonlinearity="tanh").to(dtype)
+    tb.sparse_init_(model, 0.3, generator=torch.Generator().manual_seed(1), nonlinearity="tanh")
+    with torch.no_grad():
+        for layer in tb.layers.weight_layers(model):  # some groups of every kind start dead
+            layer.weight[-1], layer.weight[:, 0] = 0, 0
+    return model.to(dtype)
 
 
 def batch(step: int, part: int, parts: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Its share of the global batch of this step, for one of `parts` equal parts."""
     numbers = torch.Generator().manual_seed(step % 5)
-    x = torch.randn(BATCH, 2, 6, 6, generator=numbers, dtype=dtype)
+    x = torch.randn(BATCH, 2, 6, 6, generator=numbers, dtype=torch.float64).to(dtype)
     y = torch.stack([x[:, 0].mean((1, 2)), x[:, 1, 0, 0]], 1)
     share = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
     return x[share], y[share]
@@ -76,22 +93,24 @@ def place(model: nn.Module, how: str) -> tuple[nn.Module, int, int]:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     if how == "tp":  # the Linear layers are cut twice, the convolutions once
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
         # Whole activations in between: tensor parallelism cannot pass on parts of unequal size.
         plan = {
             "5": ColwiseParallel(output_layouts=Replicate()),
             "7": RowwiseParallel(input_layouts=Replicate()),
         }
-        parallelize_module(model, mesh["tensor"], plan)
-        return fully_shard(model, mesh=mesh["data"]), mesh.get_local_rank("data"), 2
+        for net in model.each.values() if isinstance(model, Networks) else [model]:
+            parallelize_module(net, mesh["tensor"], plan)
+        return fully_shard(model, mesh=mesh["data"]), mesh.get_local_rank("data"), world // 2
     shape = (2, world // 2) if how == "hsdp" else (world,)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     return fully_shard(model, mesh=mesh), rank, world
 
 
-def make(case: Case, model: nn.Module) -> tb.optim.BregmanOptimizer:
-    lam = {"nuclear": 0.3, "nuclear, every 5": 0.3}.get(case.regularizer, 0.1)
-    groups = tb.param_groups(model, REGULARIZERS[case.regularizer], lam=lam)
+def make(case: Case, model: Networks) -> tb.optim.BregmanOptimizer:
+    groups = []
+    for name, net in model.each.items():
+        groups += tb.param_groups(net, REGULARIZERS[name], lam=0.3 if "nuclear" in name else 0.2)
     if case.optimizer == "LinBreg":
         return tb.LinBreg(groups, lr=0.1, momentum=0.9, momentum_rule="sgd", weight_decay=1e-3)
     if case.optimizer == "AdaBreg":
@@ -117,22 +136,28 @@ def train(model: nn.Module, optimizer, steps: range, part: int, parts: int, cont
     for step in steps:
         x, y = batch(step, part, parts, dtype)
         optimizer.zero_grad()
-        mse_loss(model(x), y).backward()
-        optimizer.step()
+        found = model(x)
+        sum(mse_loss(z, y) for z in (found if isinstance(found, list) else [found])).backward()
+        with warnings.catch_warnings():  # the nuclear norm makes low rank: its weights start dense
+            warnings.filterwarnings("ignore", ".*start more than half dense")
+            optimizer.step()
         if control is not None:
             control.step()
 
 
-def run(case: Case, how: str) -> dict[str, torch.Tensor]:
-    """Weights and duals after the training, as whole tensors."""
-    inner = network(case.dtype)
+def run(case: Case, how: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights and state after the training, as whole tensors, for each regulariser."""
+    inner = Networks(case.regularizers, case.dtype)
     model, part, parts = place(inner, how)
     optimizer = make(case, inner)
-    with quiet_about_density():
-        train(model, optimizer, range(case.steps // 2), part, parts)
+    train(model, optimizer, range(case.steps // 2), part, parts)
     halve_first_row(inner)
     train(model, optimizer, range(case.steps // 2, case.steps), part, parts)
-    return results(inner, optimizer)
+    return all_results(inner, optimizer)
+
+
+def all_results(model: Networks, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: results(net, optimizer) for name, net in model.each.items()}
 
 
 def results(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
@@ -195,66 +220,69 @@ def with_zero(how: str) -> dict[str, torch.Tensor]:
     return {name: whole(p) for name, p in inner.named_parameters()}
 
 
-SAVED = (Case("AdaBreg", "sparse columns, channels", steps=6), Case("LinBreg", "nuclear, every 5", steps=7))
+SAVED = Case("AdaBreg", 7, regularizers=("l1", "sparse columns, channels", "nuclear, every 5"))
 
 
-def saved(case: Case, how: str, folder: Path) -> dict:
+def saved(how: str, folder: Path) -> dict:
     """A training that is saved by torch.distributed.checkpoint; its whole state in one piece."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    inner = network()
+    inner = Networks(SAVED.regularizers, SAVED.dtype)
     model, part, parts = place(inner, how)
-    optimizer = make(case, inner)
-    with quiet_about_density():
-        train(model, optimizer, range(case.steps), part, parts)
+    optimizer = make(SAVED, inner)
+    train(model, optimizer, range(SAVED.steps), part, parts)
     weights, state = get_state_dict(inner, optimizer)
-    where = {"checkpoint_id": folder / str(SAVED.index(case)), "no_dist": how == "one"}
-    checkpoint.save({"model": weights, "optimizer": state}, **where)
-    options = StateDictOptions(full_state_dict=True)
-    weights, state = get_state_dict(inner, optimizer, options=options)
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    weights, state = get_state_dict(inner, optimizer, options=StateDictOptions(full_state_dict=True))
     return {"model": weights, "optimizer": state}
 
 
-def resumed(case: Case, how: str, folder: Path, full: dict | None = None) -> dict[str, torch.Tensor]:
+def resumed(how: str, folder: Path, full: dict | None = None) -> dict[str, dict[str, torch.Tensor]]:
     """The second half of a training, from what `saved` left in `folder`, or from the `full` state."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-    inner = network()
+    inner = Networks(SAVED.regularizers, SAVED.dtype)
     model, part, parts = place(inner, how)
     with torch.no_grad():
         for p in inner.parameters():
             local(p).zero_()
-    optimizer = make(case, inner)
+    optimizer = make(SAVED, inner)
     if full is None:
         weights, state = get_state_dict(inner, optimizer)
         held = {"model": weights, "optimizer": state}
-        checkpoint.load(held, checkpoint_id=folder / str(SAVED.index(case)), no_dist=how == "one")
+        checkpoint.load(held, checkpoint_id=folder, no_dist=how == "one")
         options = StateDictOptions()
     else:
-        held, options = full, StateDictOptions(full_state_dict=True)
+        held, options = copy.deepcopy(full), StateDictOptions(full_state_dict=True)  # torch puts DTensors into it
     set_state_dict(
         inner, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"], options=options
     )
-    train(model, optimizer, range(case.steps, 2 * case.steps), part, parts)
-    return results(inner, optimizer)
+    train(model, optimizer, range(SAVED.steps, 2 * SAVED.steps), part, parts)
+    return all_results(inner, optimizer)
 
 
-def uninterrupted(case: Case) -> dict[str, torch.Tensor]:
-    model = network()
-    optimizer = make(case, model)
-    with quiet_about_density():
-        train(model, optimizer, range(2 * case.steps), 0, 1)
-    return results(model, optimizer)
+def taken_over(how: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The second half of a training whose first half one process did, from the `state_dict()` of its optimizer."""
+    alone, inner = Networks(SAVED.regularizers, SAVED.dtype), Networks(SAVED.regularizers, SAVED.dtype)
+    first = make(SAVED, alone)
+    train(alone, first, range(SAVED.steps), 0, 1)
+    model, part, parts = place(inner, how)
+    with torch.no_grad():
+        for p, q in zip(inner.parameters(), alone.parameters(), strict=True):
+            assign(p, q)
+    optimizer = make(SAVED, inner)
+    optimizer.load_state_dict(first.state_dict())
+    train(model, optimizer, range(SAVED.steps, 2 * SAVED.steps), part, parts)
+    return all_results(inner, optimizer)
 
 
-@contextlib.contextmanager
-def quiet_about_density():
-    """The nuclear norm makes low rank: its weights may start dense."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*start more than half dense")
-        yield
+def uninterrupted() -> dict[str, dict[str, torch.Tensor]]:
+    model = Networks(SAVED.regularizers, SAVED.dtype)
+    optimizer = make(SAVED, model)
+    train(model, optimizer, range(2 * SAVED.steps), 0, 1)
+    return all_results(model, optimizer)
 
 
 def initialised(groups: str | None, how: str) -> dict:

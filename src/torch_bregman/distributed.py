@@ -149,8 +149,8 @@ class Spread:
         self.dtype = functools.reduce(torch.promote_types, [v.dtype for v in values])
         self.size = sum(t.numel() for t in tensors)
         self._held = [
-            # Zero is added for −0, whose bits are those of a large number.
-            (shards, torch.cat([values[i].to(self.dtype) for i in numbers]) + 0.0)
+            # Without the sign of −0 or of a NaN, for the bits are compared.
+            (shards, torch.cat([values[i].to(self.dtype) for i in numbers]).abs())
             for shards, numbers in _together(tensors)
         ]
 
@@ -158,8 +158,8 @@ class Spread:
         """The k-th largest value, exactly; how many are larger, and how many are equal to it."""
         # Such floats sort as their bits do, so that counting finds 16 bits of the answer at a time.
         size, found, larger, equal = self.dtype.itemsize, 0, 0, 0
-        whole = {4: torch.int32, 8: torch.int64}[size]
-        bits = [(shards, values.view(whole)) for shards, values in self._held]
+        integer = {4: torch.int32, 8: torch.int64}[size]
+        bits = [(shards, values.view(integer)) for shards, values in self._held]
         for shift in range(8 * size - 16, -1, -16):
             slots = [(b >> shift) & 0xFFFF for _, b in bits]
             counts = torch.zeros(1 << 16, dtype=torch.int64)
@@ -172,7 +172,7 @@ class Spread:
             larger += int(at_least[at]) - equal
             found = found << 16 | at
             bits = [(shards, b[slot == at]) for (shards, b), slot in zip(bits, slots, strict=True)]
-        return torch.tensor(found, dtype=whole).view(self.dtype).item(), larger, equal
+        return torch.tensor(found, dtype=integer).view(self.dtype).item(), larger, equal
 
     def largest_below(self, bound: float) -> float:
         """The largest value < bound; −∞ where there is none."""

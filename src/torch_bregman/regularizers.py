@@ -111,9 +111,6 @@ class Gathered(Regularizer):
         self.J, self.shards = whole, shards
         self.homogeneous, self.prox_every, self.costly = whole.homogeneous, whole.prox_every, whole.costly
 
-    def value(self, weight: Tensor, lam: Lam = 1.0) -> Tensor:
-        return self.J.value(self.shards.whole(weight), lam)
-
     def prox(self, x: Tensor, step: Lam) -> Tensor:
         return self.shards.part(self.J.prox(self.shards.whole(x), step))
 

@@ -39,8 +39,8 @@ class LinBreg(BregmanOptimizer):
         maximize: ascend instead.
         foreach: update all tensors of a group together; None decides as torch does (on CUDA).
         fused: the whole step as one pass over memory, with the extra `fast` on the CPU. None: on the CPU once a
-            thousand million entries were updated, when compiling has paid off (it is kept on disk). Half precision and
-            tensors with gaps take the plain step.
+            thousand million entries were updated, when compiling has paid off (it is kept on disk). Half precision,
+            tensors with gaps and DTensors take the plain step.
 
     Raises:
         ValueError: an option out of range, or a regulariser that does not fit a parameter's shape.
