@@ -392,14 +392,14 @@ def a_rank_may_evaluate_alone_with_other_weights() -> None:
             if dist.get_rank() == 0:
                 model, average = parts[0].module, mlp()
                 nn.init.normal_(average[0].weight)
-                own = [p.data.clone() for p in model.parameters()]
-                for p, q in zip(model.parameters(), average.parameters(), strict=True):
-                    p.data.copy_(q.data)
+                own = [p.detach().clone() for p in model.parameters()]
+                x = halves(0)[0][0]
                 with torch.no_grad():
-                    x = halves(0)[0][0]
+                    for p, q in zip(model.parameters(), average.parameters(), strict=True):
+                        p.copy_(q)
                     torch.testing.assert_close(model(x), average(x))
-                for p, q in zip(model.parameters(), own, strict=True):
-                    p.data.copy_(q)
+                    for p, q in zip(model.parameters(), own, strict=True):
+                        p.copy_(q)
             train(parts, range(4, 12), whole=False)
         assert all(map(torch.equal, tensors(parts), tensors(twin)))
 
