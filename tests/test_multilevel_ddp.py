@@ -189,7 +189,7 @@ def two_ranks_are_one_process() -> None:
     ):  # fmt: skip
         if form in FORMS:
             with computing(form):
-                options = {"gradient_as_bucket_view": form == "masked"}
+                options = {"gradient_as_bucket_view": form == "masked", "static_graph": form == "sparse"}
                 two = make(name, model=mlp(dtype), margin=margin, options=options)
                 one = make(name, model=mlp(dtype), margin=margin, ddp=False)
                 train(two, range(STEPS - 3), whole=False)
