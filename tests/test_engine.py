@@ -94,7 +94,7 @@ def train(run: Run, steps: range = range(STEPS), step: Callable[[int], None] | N
 @pytest.mark.parametrize("what", ["model", "optimizer.step", "both, as one function"])
 @each
 def test_a_compiled_step_is_the_same_step(name: str, what: str) -> None:
-    """Without a C++ compiler: what Dynamo makes of it, and autograd's part."""
+    """By Dynamo alone: the graphs that it finds are run as they are, without a C++ compiler."""
     torch._dynamo.reset()
     plain, ours = Run(name), Run(name)
     graphs = 0
