@@ -264,7 +264,7 @@ def test_loading_runs_no_code(trained, tmp_path):
 
 def job(folder: Path, run: str, fault: str = "", *args: object, restarts: int = 0, epochs: int = 4):
     """The training of digits under torchrun, saving at every chance; see often.py."""
-    options = ("--max-restarts", str(restarts), "--monitor-interval", "0.1")
+    options = ("--standalone", "--max-restarts", str(restarts), "--monitor-interval", "0.1")
     args = (
         "train",
         "digits",
