@@ -47,10 +47,12 @@ def together(module: str, function: str, size: int, *args: object, timeout: floa
         assert process.returncode == 0, f"rank {rank} of {size} ended with {process.returncode}:\n{text}"
 
 
-def torchrun(folder: Path, *args: object, size: int = 2, options: tuple[str, ...] = (), **more) -> subprocess.Popen:
+def torchrun(
+    folder: Path, *args: object, size: int = 2, options: tuple[str, ...] = ("--standalone",), **more
+) -> subprocess.Popen:
     """`torchrun … -m torch_bregman ARGS` in `folder`, with what it says on its standard output."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *options,
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *options,
         "-m", more.pop("module", "torch_bregman"), *map(str, args),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more.pop("env", {})

@@ -262,10 +262,23 @@ def test_loading_runs_no_code(trained, tmp_path):
 # ---------------------------------------------------------------------- under torchrun itself
 
 
-def job(folder: Path, run: str, fault: str = "", *args: object, restarts: int = 0):
+def job(folder: Path, run: str, fault: str = "", *args: object, restarts: int = 0, epochs: int = 4):
     """The training of digits under torchrun, saving at every chance; see often.py."""
-    options = ("--max-restarts", str(restarts), "--monitor-interval", "0.1")
-    args = ("train", "digits", "--strategy", "ddp", "--epochs", 4, "--batch-size", 100, "--out", run, "--quiet", *args)
+    options = ("--standalone", "--max-restarts", str(restarts), "--monitor-interval", "0.1")
+    args = (
+        "train",
+        "digits",
+        "--strategy",
+        "ddp",
+        "--epochs",
+        epochs,
+        "--batch-size",
+        100,
+        "--out",
+        run,
+        "--quiet",
+        *args,
+    )
     return torchrun(folder, *args, options=options, module="often", env={"FAULT": fault})
 
 
@@ -283,7 +296,7 @@ def test_a_killed_rank_is_started_again_and_the_weights_are_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_for_torchrun_saves_and_says_how_to_go_on(tmp_path):
-    process = job(tmp_path, "r", "", "--epochs", 100_000)
+    process = job(tmp_path, "r", epochs=100_000)
     while not list((tmp_path / "r").glob("checkpoint/step-????????")):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -304,7 +317,7 @@ def test_a_rank_that_is_stopped_ends_all_with_the_documented_code(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_given_up(tmp_path):
-    said = outcome(process := job(tmp_path, "r", "hang:20", "--timeout", 10))
+    said = outcome(process := job(tmp_path, "r", "hang:20", "--timeout", 20))
     assert process.returncode == 1
-    assert re.search(r"rank 0: Another rank did not answer within the 10 seconds of --timeout\. The last", said), said
+    assert re.search(r"rank 0: Another rank did not answer within the 20 seconds of --timeout\. The last", said), said
     assert newest(tmp_path / "r")[0] is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from several import outcome, together, torchrun
+from several import free_port, outcome, together, torchrun
 
 from torch_bregman.train import Recipe, fit
 from torch_bregman.train.ranks import Ranks, start
@@ -119,3 +119,16 @@ def test_the_command_under_torchrun(tmp_path):
     assert rows_of(tmp_path / "r")[-1]["event"] == "end"
     assert rows_of(tmp_path / "r" / "dense")[-1]["density"] == 1.0
     assert (tmp_path / "r" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path):
+    address = f"localhost:{free_port()}"
+    options = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", address)
+    args = ("train", "digits", "--strategy", "ddp", "--epochs", 2, "--density", 0.1, "--quiet", "--out", tmp_path / "r")
+    jobs = [torchrun(tmp_path, *args, size=1, options=options) for _ in range(2)]
+    said = [outcome(job) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert sorted(text.count("asked 10.00 %") for text in said) == [0, 1]
+    end = fit(Recipe(epochs=2, density=0.1).check(), tmp_path / "one", quiet=True)
+    assert rows_of(tmp_path / "r")[-1]["test_loss"] == pytest.approx(end["test_loss"], rel=1e-4)

@@ -309,7 +309,7 @@ def start(strategy: str, recipe: Recipe, timeout: float = 600.0) -> Iterator[Ran
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         limit = timedelta(seconds=timeout)
-        store = fresh_store(rank, size, limit)
+        store = fresh_store(rank, size, timedelta(seconds=max(timeout, 600.0)))  # programs may start slowly
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         yield ranks
     except RuntimeError as error:
