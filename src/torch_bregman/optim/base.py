@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .. import kernels
@@ -178,8 +179,7 @@ class BregmanOptimizer(Optimizer):
 
     # ------------------------------------------------------------------ the step
 
-    # Else it would fall into a graph for each line; what is worth compiling compiles itself.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @_disable_dynamo  # it would fall into a graph for each line; what is worth compiling compiles itself
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure` re-evaluates the loss and returns it. Parameters without a gradient are left alone."""
