@@ -112,7 +112,7 @@ def make(case: Case, model: Networks) -> tb.optim.BregmanOptimizer:
     for name, net in model.each.items():
         groups += tb.param_groups(net, REGULARIZERS[name], lam=0.3 if "nuclear" in name else 0.2)
     if case.optimizer == "LinBreg":
-        return tb.LinBreg(groups, lr=0.1, momentum=0.9, momentum_rule="sgd", weight_decay=1e-3)
+        return tb.LinBreg(groups, lr=0.03, momentum=0.9, momentum_rule="sgd", weight_decay=1e-3)
     if case.optimizer == "AdaBreg":
         return tb.AdaBreg(groups, lr=5e-3, delta=1.5)
     return tb.ProxSGD(groups, lr=0.05, momentum=0.5)
