@@ -3,7 +3,8 @@
     python benchmarks/kills.py [--kills 50] [--ranks 2] [--epochs 60] [--strategy ddp] [--seed 0]
 
 Trains the network of `torch-bregman train digits` twice under torchrun: in peace, and with SIGKILL for a random rank
-again and again, also while it starts or writes a checkpoint. Writes benchmarks/results/kills.json.
+again and again, also while it starts or writes a checkpoint. Adds to benchmarks/results/kills.json. A run that ends before
+has had fewer kills than asked for; the file says how many.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def main() -> None:
         **vars(options), "kills": kills, "resumed_at_steps": steps, "identical": same,
         "seconds_in_peace": round(alone), "seconds_with_kills": round(seconds), "torch": torch.__version__,
     }  # fmt: skip
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    others = [run for run in json.loads(RESULT.read_text()) if run["seed"] != options.seed] if RESULT.exists() else []
+    RESULT.write_text(json.dumps([*others, result], indent=1) + "\n")
     print(f"{kills} kills, {seconds:.0f} s: the final weights are {'identical' if same else 'DIFFERENT'}")
     sys.exit(not same)
 

@@ -83,7 +83,7 @@ class Ranks:
 
             mesh = init_device_mesh(device.type, (self.size,))
             # The parts of a Sequential are called one after the other, so that one of them is whole at a time.
-            for part in [part for m in (model, *model.children()) if isinstance(m, nn.Sequential) for part in m]:
+            for part in [part for m in (*model.children(), model) if isinstance(m, nn.Sequential) for part in m]:
                 if any(True for _ in part.parameters()):
                     fully_shard(part, mesh=mesh)
             fully_shard(model, mesh=mesh)
