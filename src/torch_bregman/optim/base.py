@@ -48,7 +48,8 @@ class BregmanOptimizer(Optimizer):
     that are zero stays.
 
     State per parameter: `dual` (v, float32 or better) and what the subclass adds; `lam` and `delta` are those that θ
-    was last written with. Regularisers are objects and live beside `param_groups`, which holds plain values only.
+    was last written with. Regularisers are objects and live beside `param_groups`, which holds plain values only. The
+    state of a DTensor (`fully_shard`, tensor parallelism) is cut as it is; the steps are those of a single process.
     """
 
     #: Do weights come from v (LinBreg, AdaBreg), or is θ all there is (ProxSGD)?
