@@ -3,8 +3,8 @@
     python benchmarks/kills.py [--kills 50] [--ranks 2] [--epochs 60] [--strategy ddp] [--seed 0]
 
 Trains the network of `torch-bregman train digits` twice under torchrun: in peace, and with SIGKILL for a random rank
-again and again, also while it starts or writes a checkpoint. Adds to benchmarks/results/kills.json. A run that ends before
-has had fewer kills than asked for; the file says how many.
+again and again, also while it starts or writes a checkpoint. A run that ends before has had fewer kills than asked for.
+Adds to benchmarks/results/kills.json.
 """
 
 from __future__ import annotations

@@ -70,13 +70,11 @@ class Folders:
     def save(self, step: int, state: dict[str, Any], *, urgent: bool = False) -> None:
         """Begin to write `state`; unless it is `urgent`, not while the save before still goes on."""
         folder = self.path / f"step-{step:08d}"
-        if folder == self.last:
+        if not urgent and any(self.ranks.any(self._thread is not None and self._thread.is_alive())):
             return
-        if urgent:
-            self.look(wait=True)
-        elif any(self.ranks.any(self._thread is not None and self._thread.is_alive())):
+        self.look(wait=True)
+        if folder == self.last:  # asked only now, when all ranks give the same answer
             return
-        self.look(wait=True)  # to say how the last one ended
         tensors, rest = split(state)
         rest["random"], rest["cuda"] = map(list, zip(*self.ranks.gather((state["random"], state["cuda"])), strict=True))
         content = io.BytesIO()
@@ -84,7 +82,6 @@ class Folders:
             torch.save(rest, content)  # now, for it will change
             shutil.rmtree(temporary(folder), ignore_errors=True)
         self._stage(tensors)
-        self._error = None
         self._thread = threading.Thread(target=self._write, args=(folder, step, content.getvalue()), daemon=True)
         self._thread.start()
 
@@ -96,6 +93,7 @@ class Folders:
         self._thread = None
         if self._error is not None:
             self.warn(f"{self._error} Training goes on; the checkpoint before is untouched.")
+            self._error = None
 
     def wait(self) -> None:
         """Wait for the last save; RunError if it failed."""
