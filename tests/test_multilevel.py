@@ -448,6 +448,25 @@ def test_it_resumes_bit_for_bit_at_any_step(name: str, margin: float, stop: int,
     assert tb.density(one[0]) == pytest.approx(0.25, abs=2e-3)
 
 
+def test_entries_that_passed_the_threshold_in_a_phase_are_no_edit_after_loading(form: str) -> None:
+    def make() -> tuple[Any, ...]:
+        model = mlp()
+        optimizer = OPTIMIZERS["adabreg"](tb.param_groups(model, tb.L1(), lam=0.012))
+        return model, optimizer, tb.Multilevel(model, optimizer, coarse_steps=8, margin=2.0)
+
+    one, two, three = make(), make(), make()
+    train(one[0], one[1], range(12), one[2].step)
+    train(two[0], two[1], range(6), two[2].step)
+    near = [part.live.values[len(part.live.pattern) :] for part in two[2]._parts]
+    assert any(values.count_nonzero() for values in near)
+    for mine, theirs in zip(three, two, strict=True):
+        mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    train(three[0], three[1], range(6, 12), three[2].step)
+    for p, q in zip(one[0].parameters(), three[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+    same(one[1], three[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("at", range(3, 9))
 def test_looking_changes_nothing_and_shows_the_full_network(at: int, form: str) -> None:
     results = []

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import is_sharded
 from .optim import BregmanOptimizer
-from .optim.base import check_number
+from .optim.base import check_number, primal
 from .regularizers import L1, Grouped, Regularizer
 from .restriction import Support, beyond, elementwise, restricted_regularizer, separable, support
 from .restriction import choice as choosing
@@ -283,6 +283,10 @@ class Multilevel:
             near = Support(full, (), saved["near"]) if "near" in saved else None
             live = self._live(full, support(full, reg, saved["index"]), near, layers)
             self._enter(i, place, live)
+            if near is not None:  # those that have passed the threshold in this phase are no edit
+                state = self.optimizer.state[live.values]
+                weight = primal(state["dual"], reg, state["lam"], state["delta"])
+                live.values[len(live.pattern) :] = weight[len(live.pattern) :]
             for layer in layers:
                 layer.live = live
         self._let_wait()
