@@ -2,8 +2,8 @@
 
     python benchmarks/distributed.py [--ranks 2 4] [--steps 200] [--ways ddp fsdp hsdp tp]
 
-A cell is the largest difference, relative to the largest entry of its tensor, or "support" where a weight is zero here
-and not there. Small networks with Conv and Linear layers of 5, 3, 7 and 2 rows, so that parts are unequal and some are
+A cell is the largest difference, relative to the largest entry of its tensor: of the weights, and in brackets with v,
+momentum and moments. It is "support" where a weight is zero here and not there. Small networks with Conv and Linear layers of 5, 3, 7 and 2 rows, so that parts are unequal and some are
 empty; half-way through, weights are changed from outside. ddp: DistributedDataParallel. fsdp: fully_shard on a line.
 hsdp: on a square of copies and parts. tp: tensor parallelism within fully_shard, Linear weights cut twice.
 """
@@ -45,15 +45,16 @@ def main() -> None:
                 ranks = start(train_all, world, Path(folder), cases, ways, timeout=3600)
             for how in ways:
                 columns[f"{how} {world}"] = [found[how] for found in ranks]
-        print("\n" + f"{name:36}" + "".join(f"{column:>10}" for column in columns))
+        print("\n" + f"{name:36}" + "".join(f"{column:>18}" for column in columns))
         for case in cases:
             for regularizer in REGULARIZERS:
                 cells = []
                 for ranks in columns.values():
                     theirs = expected[case.optimizer][regularizer]
-                    worst = max(difference(found[case.optimizer][regularizer], theirs) for found in ranks)
-                    cells.append("support" if worst == math.inf else f"{worst:.0e}")
-                print(f"{case.optimizer:8} {regularizer:27}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+                    ours = [found[case.optimizer][regularizer] for found in ranks]
+                    weights, all_of_it = (max(difference(o, theirs, state=s) for o in ours) for s in (False, True))
+                    cells.append("support" if weights == math.inf else f"{weights:.0e} ({all_of_it:.0e})")
+                print(f"{case.optimizer:8} {regularizer:27}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
 def train_all(cases: list[Case], ways: list[str]) -> dict:

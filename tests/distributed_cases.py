@@ -168,11 +168,16 @@ def results(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
     return found
 
 
-def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest difference relative to the largest entry of its tensor; infinite where a support differs."""
+def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, state: bool = True) -> float:
+    """The largest difference relative to the largest entry of its tensor; infinite where a support differs.
+
+    Without `state` it is that of the weights alone.
+    """
     assert ours.keys() == theirs.keys()
     worst = 0.0
     for name, a in ours.items():
+        if ": " in name and not state:
+            continue
         b = theirs[name]
         if ": " not in name and not torch.equal(a != 0, b != 0):
             return float("inf")
