@@ -3,9 +3,10 @@
     python benchmarks/distributed.py [--ranks 2 4] [--steps 200] [--ways ddp fsdp hsdp tp]
 
 A cell is the largest difference, relative to the largest entry of its tensor: of the weights, and in brackets with v,
-momentum and moments. It is "support" where a weight is zero here and not there. Small networks with Conv and Linear layers of 5, 3, 7 and 2 rows, so that parts are unequal and some are
-empty; half-way through, weights are changed from outside. ddp: DistributedDataParallel. fsdp: fully_shard on a line.
-hsdp: on a square of copies and parts. tp: tensor parallelism within fully_shard, Linear weights cut twice.
+momentum and moments. It is "support" where a weight is zero here and not there. Small networks with Conv and Linear
+layers of 5, 3, 7 and 2 rows, so that parts are unequal and some are empty; half-way through, weights are changed from
+outside. ddp: DistributedDataParallel. fsdp: fully_shard on a line. hsdp: on a square of copies and parts. tp: tensor
+parallelism within fully_shard, Linear weights cut twice.
 """
 
 from __future__ import annotations
