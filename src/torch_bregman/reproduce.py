@@ -802,7 +802,7 @@ def results_page(
         "the seeds. *Kept*: non-zero entries of all Linear and Conv weights over their number, biases and norms not "
         "counted. A network is chosen on validation data, and the test data are read once, at the end of a run.",
         f"*FLOPs* {FLOPS} *If zeros were free*: {SPARSE_FLOPS} *Peak memory*: {MEMORY} *Seconds*: wall time of a run, "
-        "mean over the seeds.",
+        "mean over the seeds; other work ran on the machine, so they are rough.",
     ]
     if any(content.get("quick") for content in results.values()):
         lines.append(f"**{QUICK_WARNING}**")
@@ -854,7 +854,7 @@ def _other_notes(rows: Iterable[dict[str, Any]]) -> list[str]:
     for row in rows:
         if any(key in row for key in MADE):
             ways.setdefault("; ".join(_notes(row)), []).append(row["method"])
-    return ["\n".join(f"* {', '.join(methods)}: {way}" for way, methods in ways.items())] if ways else []
+    return ["\n".join(f"* {'; '.join(methods)}: {way}" for way, methods in ways.items())] if ways else []
 
 
 def write_page(folder: Path, experiments: dict[str, Experiment], results_folder: Path, *, plots: bool = False) -> Path:
@@ -887,7 +887,8 @@ def plot(content: dict[str, Any], path: Path, picture: str = "curves") -> None:
         raise RunError("--plots needs the extra train: pip install 'torch-bregman[train]'.") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
+        height = max(4.2, 0.3 + 0.15 * len(content["rows"]))  # of the legend
+        figure = Figure(figsize=(10, height), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         draw = draw_architectures if picture == "architecture" else draw_curves
         if draw(figure, content["rows"]):
@@ -921,7 +922,7 @@ def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
         axes.grid(color="#e2e6ea")
         if key == "val_accuracy" and lines[key]:
             last = [scale * values[-1] for _, values in lines[key]]
-            low = min(last)
+            low = max(min(last), max(last) - 5.0)  # those far below would press the others together
             axes.set_ylim(max(0.0, low - max(3.0, 0.5 * (max(last) - low))), max(last) + 1)  # epoch 0 is at chance
         else:
             axes.set_yscale("log")
