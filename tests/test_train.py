@@ -401,6 +401,8 @@ def test_the_recipe_is_the_run(tmp_path):
         (["digits", "--device", "cuda:77"], r"`device`: 'cuda:77'"),
         (["digits", "--optimizer", "adam", "--density", "0.1"], r"`density`: 0.1; adam trains dense"),
         (["digits", "--regularizer", "nuclear"], r"low rank"),
+        (["mnist", "--model", "skipencode"], r"`model`: 'skipencode'.*skipencoder"),
+        (["digits", "--timeout", "-3"], r"`timeout`: -3"),
         (["digits", "--multilevel", "--optimizer", "adam"], r"`multilevel`: True; adam has no dual"),
         (["digits", "--multilevel", "--coarse-steps", "-1"], r"`coarse_steps`: -1"),
         (["mnst"], r"mnst.*mnist"),

@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..choices import choose
 from ..data import DataError
+from ..optim.base import check_number
 from .files import OneFile, RunError
 from .recipe import RIVALS, Recipe
 
@@ -287,6 +288,7 @@ def start(strategy: str, recipe: Recipe, timeout: float = 600.0) -> Iterator[Ran
     `strategy` do not go together, and where another rank is lost.
     """
     check(strategy, recipe)
+    check_number("timeout", timeout, strict=True)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if strategy == "none":
         if size > 1:

@@ -15,6 +15,7 @@ from ..control import TargetDensity
 from ..data import AUGMENTATIONS
 from ..density import check_density
 from ..layers import param_groups
+from ..models import MODELS
 from ..multilevel import Multilevel
 from ..optim import AdaBreg, BregmanOptimizer, LinBreg, ProxSGD
 from ..optim.base import check_number
@@ -161,6 +162,8 @@ class Recipe:
         return self.filled()._checked()
 
     def _checked(self) -> Recipe:
+        if ":" not in self.model:  # before any data are downloaded
+            choose("model", self.model, MODELS)
         choose("regularizer", self.regularizer, REGULARIZERS)
         choose("groups", self.groups, ("auto", *GROUPS))
         choose("control", self.control, ("feedback", "exact"))
