@@ -159,9 +159,14 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
             time.sleep(0.02)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Thread(target=press_ctrl_c, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        tables._run_in_process([run], None)
+    # A shell has its background jobs ignore Ctrl-C, and the tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=press_ctrl_c, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            tables._run_in_process([run], None)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (run / "checkpoint.pt").exists()
     assert not (run / "result.json").exists()
     before = metrics.read_text().splitlines()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -530,6 +533,15 @@ def _name(regularizer: Regularizer | None) -> str:
     return _NO_PENALTY if regularizer is None else repr(regularizer)
 
 
+def _levels_inside() -> int:
+    """The stacklevel of the code that called us, past torch's wrappers of step(), whose number differs."""
+    inside = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
+    frame, levels = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, levels = frame.f_back, levels + 1
+    return levels
+
+
 def _warn_if_dense(fresh: list[tuple[tuple[int, ...], Tensor]]) -> None:
     device = fresh[0][1].device
     shares = torch.stack([share.to(device) for _, share in fresh]).tolist()
@@ -538,5 +550,5 @@ def _warn_if_dense(fresh: list[tuple[tuple[int, ...], Tensor]]) -> None:
         warnings.warn(
             f"{len(dense)} of {len(fresh)} regularised tensors start more than half dense (the first has shape "
             f"{dense[0]}). Bregman iterations add weights and hardly remove any: call tb.sparse_init_(model) first.",
-            stacklevel=6,  # the caller of step(), past torch's wrappers
+            stacklevel=_levels_inside(),
         )
