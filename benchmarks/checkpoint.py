@@ -91,7 +91,7 @@ def work(folder: Path, saves: int) -> None:
             copies.append(time.perf_counter() - begun)
             busy.append(worked - time.thread_time())
 
-        checkpoints._stage = timed_stage  # type: ignore[method-assign]
+        checkpoints._stage = timed_stage
         for number in range(saves):
             ranks.gather(None)  # no rank waits for another in what is timed
             begun, worked = time.perf_counter(), time.thread_time()

@@ -139,20 +139,20 @@ def refusals(folder):
 # ---------------------------------------------------------------------- what came of it
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    ranks = start(on_two_ranks, 2, folder, folder / "checkpoint")
+def started(function, world, folder):
+    ranks = start(function, world, folder, folder / "checkpoint")
     ranks[0]["folder"] = folder
     return ranks
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return started(on_two_ranks, 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("four")
-    ranks = start(on_four_ranks, 4, folder, folder / "checkpoint")
-    ranks[0]["folder"] = folder
-    return ranks
+    return started(on_four_ranks, 4, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def in_a_coarse_phase_the_live_gradients_are_sent() -> None:
     model = tb.sparse_init_(nn.Sequential(nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 10)), 0.05)
     by_ddp: list[int] = []
 
-    def hook(group, bucket):  # type: ignore[no-untyped-def]  # DDP takes no other annotations than its own
+    def hook(group, bucket):  # DDP takes no other annotations than its own
         by_ddp.append(bucket.buffer().numel() * bucket.buffer().element_size())
         return allreduce_hook(group, bucket)
 

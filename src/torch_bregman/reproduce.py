@@ -35,7 +35,6 @@ from .choices import choose
 from .data import DataError, load
 from .density import density as density_of
 from .init import sparse_init_
-from .models import build
 from .models.resnet import ResNet
 from .report.architecture import draw_architectures
 from .report.words import percent
@@ -496,7 +495,7 @@ def _child(root: str, runs: Sequence[str]) -> None:
             for key in ("val_accuracy", "val_ssim", "val_loss", "density")
             if key in epochs[0]
         }
-        result["dense_flops"] = end.get("dense_flops") or dense_flops(recipe, Path(root) if root else None)
+        result["dense_flops"] = end["dense_flops"]
         write_atomically(folder / "result.json", json.dumps(result).encode())
         for path in folder.iterdir():  # checkpoints are large, and no longer needed
             if path.is_dir():
@@ -512,17 +511,6 @@ def peak_memory() -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def dense_flops(recipe: Recipe, data_root: Path | None) -> float:
-    """`FLOPS` of a whole run in which all steps are dense."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    data = load(recipe.dataset, data_root, limit=recipe.limit)
-    model = build(recipe.model, data.shape, len(data.classes)).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(data.train.x[:1])
-    return 3.0 * counter.get_total_flops() * len(data.train) * recipe.epochs
 
 
 def summarise(row: Row, source: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from ..distributed import local
 from . import files
 from .files import RunError, latest_checkpoint
 from .ranks import Ranks
@@ -111,7 +112,7 @@ class Folders:
             if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
                 fresh[name] = tensor.detach().to("cpu", copy=True)
             else:
-                self.ranks.own(old).copy_(self.ranks.own(tensor.detach()))
+                local(old).copy_(local(tensor.detach()))
                 fresh[name] = old
         self._staged = fresh
 

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import kernels
 from ..data import AUGMENTATIONS, Batches, Split, load
 from ..density import sparsity_report
+from ..distributed import local, whole
 from ..init import sparse_init_
 from ..layers import weight_layers
 from ..models import build
@@ -278,6 +279,7 @@ def fit(
     scores = scores_on(data.test, len(data.test))
     report = sparsity_report(model)
     kept, size = report.weights
+    forward, samples = forward_flops(model, data.train.x[:1]), len(data.train) * recipe.epochs
     end = {
         "event": "end",
         "asked_density": recipe.density, "density": kept / size, "kept": kept, "weights": size,
@@ -288,8 +290,8 @@ def fit(
         "kept_linear": share([layer.weights for layer in report.layers if len(layer.shape) == 2]),
         "kept_kernels": share([report.kernels]),
         "best_epoch": best.get("epoch"), "lam": rows[-1]["lam"], "seconds": round(seconds, 3), "note": data.note,
-        **work(levels),
-        "sparse_flops": sparse_flops(model, data.train.x[:1], len(data.train) * recipe.epochs, rows, rival, levels),
+        "dense_flops": training_flops(forward, {}, samples), **work(levels),
+        "sparse_flops": sparse_flops(forward, samples, rows, rival, levels),
     }  # fmt: skip
     if gates := skips(model):
         end["skips"] = gates
@@ -426,19 +428,13 @@ def forward_flops(model: nn.Module, x: Tensor) -> dict[str, float]:
 
 
 def sparse_flops(
-    model: nn.Module,
-    x: Tensor,
-    samples: int,
-    rows: list[dict[str, Any]],
-    rival: Rival | None,
-    levels: Multilevel | None,
+    forward: dict[str, float], samples: int, rows: list[dict[str, Any]], rival: Rival | None, levels: Multilevel | None
 ) -> float:
-    """FLOPs of the run on `samples` samples if zeros cost nothing (`training_flops`); `x` is one of them.
+    """FLOPs of the run on `samples` samples if zeros cost nothing (`training_flops`); `forward`: of one of them.
 
     A Bregman step needs the gradient of all weights, but for the coarse ones. Its densities are those before and after
     each epoch, averaged; a rival counts those of its steps.
     """
-    forward = forward_flops(model, x)
     if rival is not None:
         return rival.flops({name: flops * samples / rival.steps for name, flops in forward.items()})
     layers = [row["layers"] for row in rows]
@@ -467,7 +463,7 @@ def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path | 
 
 def check_weights(model: nn.Module, step: int, checkpoint: Path | None, ranks: Ranks) -> None:
     """RunError where a weight is not finite, so that no such weight is ever saved."""
-    good = torch.stack([ranks.own(p).isfinite().all() for p in model.parameters()]).all()
+    good = torch.stack([local(p).isfinite().all() for p in model.parameters()]).all()
     if any(ranks.any(not good)):
         raise not_finite("A weight became infinite or nan", step, checkpoint)
 
@@ -545,7 +541,10 @@ class Metrics:
 def keep_patterns(run: Path, when: str, model: nn.Module, ranks: Ranks) -> None:
     """Add the pictures of where the weights are non-zero to patterns.npz."""
     path = run / "patterns.npz"
-    new = {f"{when}/{name}": weight_pattern(ranks.whole(w.detach()).cpu()) for name, _, w in weight_layers(model)}
+    new = {
+        f"{when}/{name}": weight_pattern(whole(w.detach(), lambda part: part).cpu())
+        for name, _, w in weight_layers(model)
+    }
     if not ranks.first:
         return
     pictures: dict[str, np.ndarray[Any, Any]] = {}

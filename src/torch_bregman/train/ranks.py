@@ -198,22 +198,6 @@ class Ranks:
 
         return Folders(run, warn, self)
 
-    def whole(self, weight: Tensor) -> Tensor:
-        """`weight` in one piece on every rank."""
-        if self.strategy != "fsdp":
-            return weight
-        from torch.distributed.tensor import DTensor
-
-        return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-    def own(self, weight: Tensor) -> Tensor:
-        """The part of `weight` that lies on this rank."""
-        if self.strategy != "fsdp":
-            return weight
-        from torch.distributed.tensor import DTensor
-
-        return weight.to_local() if isinstance(weight, DTensor) else weight
-
     def whole_state(self, model: nn.Module) -> dict[str, Any]:
         """`model.state_dict()` in one piece, with FSDP on the CPU of the first rank only."""
         self.share_buffers(model)
