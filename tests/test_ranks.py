@@ -18,6 +18,7 @@ CASES = {
     "convnet": {"model": "convnet", "augment": "shift", "optimizer": "linbreg", "control": "exact", "epochs": 1},
     "plateau": {"schedule": "plateau", "weight_decay": 1e-4},
     "gmp": {"optimizer": "gmp", "density": 0.2},
+    "multilevel": {"multilevel": True, "coarse_steps": 3, "margin": 1.0},
     "adam": {"optimizer": "adam", "density": None},
 }
 
