@@ -88,6 +88,23 @@ def test_asked_is_got(arrays, tmp_path, optimizer, density):
 
 
 @pytest.mark.parametrize(
+    "options", [{}, {"regularizer": "group-l1", "groups": "kernels"}, {"multilevel": True, "coarse_steps": 3}]
+)
+def test_linear_and_conv_weights_with_densities_of_their_own(tmp_path, options):
+    recipe = Recipe(
+        dataset="digits", model="convnet", density=0.03, conv_density=0.1, epochs=2, limit=512, **options
+    ).check()
+    end = fit(recipe, tmp_path, quiet=True)
+    assert end["kept_linear"] == pytest.approx(0.03, rel=0.02)
+    weights = {name: w for name, w in weights_of(tmp_path).items() if w.dim() > 1}
+    conv = torch.cat([w.flatten() for w in weights.values() if w.dim() == 4])
+    size = sum(w.numel() for w in weights.values())
+    assert conv.count_nonzero() / conv.numel() == pytest.approx(0.1, rel=0.02)
+    assert end["asked_density"] == pytest.approx((0.03 * (size - len(conv)) + 0.1 * len(conv)) / size)
+    assert rows_of(tmp_path)[-2]["l1_norm"] == pytest.approx(sum(w.abs().sum().item() for w in weights.values()))
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"model": "convnet", "regularizer": "group-l1"},
@@ -403,6 +420,10 @@ def test_the_recipe_is_the_run(tmp_path):
         (["digits", "--regularizer", "nuclear"], r"low rank"),
         (["mnist", "--model", "skipencode"], r"`model`: 'skipencode'.*skipencoder"),
         (["digits", "--timeout", "-3"], r"`timeout`: -3"),
+        (["digits", "--model", "convnet", "--conv-density", "3"], r"`conv_density`: 3.0; .*for 3 % write 0.03"),
+        (["digits", "--conv-density", "0.1"], r"`conv_density`: 0.1; mlp has not both Linear and Conv layers"),
+        (["digits", "--conv-density", "0.1", "--lam", "0.1"], r"`conv_density`: 0.1; it needs `density`"),
+        (["digits", "--conv-density", "0.1", "--optimizer", "gmp"], r"`conv_density`: 0.1; gmp has one density"),
         (["digits", "--multilevel", "--optimizer", "adam"], r"`multilevel`: True; adam has no dual"),
         (["digits", "--multilevel", "--coarse-steps", "-1"], r"`coarse_steps`: -1"),
         (["mnst"], r"mnst.*mnist"),

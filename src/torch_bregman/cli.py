@@ -481,6 +481,8 @@ def title(recipe: Recipe) -> str:
         goal = "dense"
     else:
         goal = f"{recipe.regularizer}, " + (f"{recipe.density:.4g}" if recipe.density else f"λ {recipe.lam:g}")
+        if recipe.conv_density:
+            goal += f", Conv {recipe.conv_density:.4g}"
     return f"{recipe.dataset} · {recipe.model} · {recipe.optimizer} lr {recipe.lr:g} · {goal}"
 
 

@@ -492,7 +492,7 @@ def _child(root: str, runs: Sequence[str]) -> None:
         }
         result["curve"] = {
             key: [row[key] for row in epochs]
-            for key in ("val_accuracy", "val_ssim", "val_loss", "density")
+            for key in ("val_accuracy", "val_ssim", "val_loss", "density", "l1_norm")
             if key in epochs[0]
         }
         result["dense_flops"] = end["dense_flops"]
@@ -884,7 +884,7 @@ def plot(content: dict[str, Any], path: Path, picture: str = "curves") -> None:
 
 
 def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
-    """Two panels over the epochs, or over the layers; False where there is nothing to show."""
+    """Panels over the epochs, or over the layers; False where there is nothing to show."""
     from matplotlib.ticker import MaxNLocator
 
     if any("activations" in row for row in rows):
@@ -893,13 +893,15 @@ def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
         lines = {key: [(row["method"], row[key]) for row in rows if row.get(key)] for key, _, _ in panels}
     else:
         panels = [("val_accuracy", "validation accuracy, %", 100.0), ("density", "weights kept, %", 100.0)]
+        if any("l1_norm" in row.get("curve", {}) for row in rows):
+            panels.append(("l1_norm", "‖θ‖₁", 1.0))
         x_name = "epoch"
         lines = {
             key: [(r["method"], r["curve"][key]) for r in rows if key in r.get("curve", {})] for key, _, _ in panels
         }
     if not any(lines.values()):
         return False
-    for axes, (key, title, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+    for axes, (key, title, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for i, (label, values) in enumerate(lines[key]):
             start = 1 if x_name == "layer" else 0
             axes.plot(range(start, start + len(values)), [scale * value for value in values], lw=1.3,

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import kernels
 from ..data import AUGMENTATIONS, Batches, Split, load
 from ..density import sparsity_report
-from ..distributed import local, whole
+from ..distributed import local, sum_over_parts, whole
 from ..init import sparse_init_
 from ..layers import weight_layers
 from ..models import build
@@ -42,6 +42,8 @@ from .recipe import (
     DENSE,
     RIVALS,
     Recipe,
+    asked_density,
+    densities,
     linear_and_conv_groups,
     make_control,
     make_levels,
@@ -87,6 +89,7 @@ def fit(
     torch.manual_seed(recipe.seed)
     model = build(recipe.model, data.shape, len(data.classes))
     task = getattr(model, "task", "classify")
+    asked = asked_density(recipe, model)
     if recipe.optimizer not in (*DENSE, *RIVALS, "proxsgd"):
         start_sparse(recipe, model)
     model.to(device)
@@ -147,7 +150,7 @@ def fit(
         }  # fmt: skip
 
     with Display(
-        recipe.epochs, steps_per_epoch, asked=recipe.density, quiet=quiet, title=title, silent=not ranks.first
+        recipe.epochs, steps_per_epoch, asked=asked, quiet=quiet, title=title, silent=not ranks.first
     ) as display, ranks.checkpoints(run, display.message) as checkpoints:  # fmt: skip
         saved = checkpoints.load(model, optimizer)
         if saved is None:
@@ -205,7 +208,7 @@ def fit(
                 scores = evaluate(
                     model, data.validation, task, noise_scale, mixed, layout, ranks, similarity, SSIM_IMAGES
                 )
-                rows.append(measure(0, None, scores, model, optimizer, recipe, 0.0, 0.0))
+                rows.append(measure(0, None, scores, model, optimizer, asked, 0.0, 0.0))
                 metrics.add(rows[0])
                 keep_patterns(run, "start", model, ranks)
             for epoch in range(first_epoch, recipe.epochs + 1):
@@ -252,7 +255,7 @@ def fit(
                     model, data.validation, task, noise_scale, mixed, layout, ranks, similarity, SSIM_IMAGES
                 )
                 rate = recipe.batch_size * (i - done) / max(seconds, 1e-9)
-                row = measure(epoch, train_loss, scores, model, optimizer, recipe, seconds, rate) | work(levels)
+                row = measure(epoch, train_loss, scores, model, optimizer, asked, seconds, rate) | work(levels)
                 rows.append(row)
                 metrics.add(row)
                 display.epoch(row)
@@ -260,7 +263,7 @@ def fit(
                     schedule.step(scores["val_loss"])
                 score = scores.get("val_accuracy", -scores["val_loss"])
                 # A model off the density that was asked for is never the best one; of equals the later is the nearer.
-                if (recipe.density is None or row["on_target"]) and score >= best.get("score", -math.inf):
+                if (asked is None or row["on_target"]) and score >= best.get("score", -math.inf):
                     best = {"epoch": epoch, "score": score, **scores}
                     save_model(run / "best.safetensors", model, ranks)
                 if epoch == (recipe.epochs + 1) // 2:
@@ -282,7 +285,7 @@ def fit(
     forward, samples = forward_flops(model, data.train.x[:1]), len(data.train) * recipe.epochs
     end = {
         "event": "end",
-        "asked_density": recipe.density, "density": kept / size, "kept": kept, "weights": size,
+        "asked_density": asked, "density": kept / size, "kept": kept, "weights": size,
         **{name.replace("val_", "test_"): value for name, value in scores.items()},
         **{name: value for name, value in best.items() if name.startswith("val_")},
         "widths": [layer.outputs[0] for layer in report.layers],
@@ -329,7 +332,7 @@ def pick_threads(model: nn.Module, x: Tensor, processes: int = 1) -> int:
 
 def start_sparse(recipe: Recipe, model: nn.Module) -> None:
     """Draw the sparse start in groups that fit the regulariser."""
-    start = min(recipe.initial_density, (recipe.density or 1.0) / 2)
+    wanted = densities(recipe, model)
     generator = torch.Generator().manual_seed(recipe.seed)
     layers = list(weight_layers(model))
     # Few rows alive is a low rank, the sparse start of the nuclear norm.
@@ -338,6 +341,7 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
     for groups, linear in zip(chosen, (True, False), strict=True):
         for _, module, weight in layers:
             if (weight.dim() == 2) == linear:
+                start = min(recipe.initial_density, wanted.get(weight, 1.0) / 2)
                 sparse_init_(module, start, groups, generator)
                 if recipe.regularizer == "nonnegative-l1":
                     weight.data.abs_()
@@ -390,7 +394,7 @@ def evaluate(
 
 def measure(
     epoch: int, train_loss: float | None, scores: dict[str, float], model: nn.Module,
-    optimizer: torch.optim.Optimizer, recipe: Recipe, seconds: float, rate: float,
+    optimizer: torch.optim.Optimizer, asked: float | None, seconds: float, rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """The metrics row of an epoch."""
     report = sparsity_report(model)
@@ -398,7 +402,7 @@ def measure(
     lam = group.get("lam")
     return {
         "epoch": epoch, "train_loss": train_loss, **scores, "density": report.density,
-        "on_target": near(report.density, recipe.density),
+        "on_target": near(report.density, asked), "l1_norm": l1_norm(model),
         "lam": float(lam) if lam is not None else None, "lr": float(group["lr"]),
         "seconds": round(seconds, 3), "images_per_second": round(rate),
         "layers": {layer.name: layer.density for layer in report.layers},
@@ -406,6 +410,13 @@ def measure(
         "size_layers": {layer.name: layer.weights[1] for layer in report.layers},
         "shape_layers": {layer.name: list(layer.shape) for layer in report.layers},
     }  # fmt: skip
+
+
+@torch.no_grad()
+def l1_norm(model: nn.Module) -> float:
+    """The sum of |w| over all Linear and Conv weights."""
+    weights = [layer.weight for layer in weight_layers(model)]
+    return float(sum_over_parts(torch.stack([local(w).abs().sum() for w in weights]), weights).sum())
 
 
 def work(levels: Multilevel | None) -> dict[str, Any]:

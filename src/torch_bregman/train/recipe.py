@@ -14,7 +14,7 @@ from ..choices import choose
 from ..control import TargetDensity
 from ..data import AUGMENTATIONS
 from ..density import check_density
-from ..layers import param_groups
+from ..layers import param_groups, weight_layers
 from ..models import MODELS
 from ..multilevel import Multilevel
 from ..optim import AdaBreg, BregmanOptimizer, LinBreg, ProxSGD
@@ -50,6 +50,9 @@ class Recipe:
 
     density: float | None = None
     """Share of the Linear and Conv weights to keep, 0.05 for 5 %. The run ends exactly there. [0.05 unless --lam]"""
+
+    conv_density: float | None = None
+    """Share of the Conv weights to keep; --density is then that of the Linear weights. [--density is of all weights]"""
 
     lam: float | None = None
     """A fixed λ instead of a density; with --density, the λ to start from."""
@@ -176,6 +179,16 @@ class Recipe:
                 raise ValueError(f"Invalid `density`: {self.density}; {self.optimizer} trains dense, use adabreg.")
             if self.regularizer == "nuclear":
                 raise ValueError("Invalid `density`: the nuclear norm makes low rank, not zeros; give `lam` instead.")
+        if self.conv_density is not None:
+            check_density(self.conv_density, name="conv_density")
+            if self.density is None:
+                raise ValueError(
+                    f"Invalid `conv_density`: {self.conv_density}; it needs `density` for the Linear weights."
+                )
+            if self.optimizer in RIVALS:
+                raise ValueError(
+                    f"Invalid `conv_density`: {self.conv_density}; {self.optimizer} has one density for all weights."
+                )
         if self.optimizer in RIVALS:
             self._check_rival()
         if self.multilevel and self.optimizer in (*DENSE, *RIVALS, "proxsgd"):
@@ -215,7 +228,9 @@ class Recipe:
     def twin(self) -> Recipe:
         """The dense twin: the same network and data, trained with Adam."""
         own = {"optimizer": "adam", "momentum": 0.0, "multilevel": False}
-        own |= dict.fromkeys(["lr", "eps", "density", "lam", "coarse_steps", "fine_steps", "margin", "boost"])
+        own |= dict.fromkeys(
+            ["lr", "eps", "density", "conv_density", "lam", "coarse_steps", "fine_steps", "margin", "boost"]
+        )
         return Recipe(**{**asdict(self), **own}).check()
 
     @staticmethod
@@ -240,10 +255,11 @@ class Recipe:
 
 def make_regularizer(recipe: Recipe) -> dict[Any, Regularizer | None]:
     """The regulariser of each kind of layer."""
+    kinds = ["*"] if recipe.conv_density is None else [nn.Linear, "*"]  # a λ for each
     if recipe.regularizer == "l1":
-        return {"*": L1()}
+        return {kind: L1() for kind in kinds}
     if recipe.regularizer == "nonnegative-l1":
-        return {"*": NonNegativeL1()}
+        return {kind: NonNegativeL1() for kind in kinds}
     if recipe.regularizer == "nuclear":
         return {"*": NuclearNorm()}
     make = GroupL1 if recipe.regularizer == "group-l1" else SparseGroupL1
@@ -291,13 +307,43 @@ def make_levels(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Modu
     return Multilevel(model, optimizer, recipe.coarse_steps, recipe.fine_steps, recipe.boost, margin=recipe.margin)
 
 
+def densities(recipe: Recipe, model: nn.Module) -> dict[torch.Tensor, float]:
+    """The density asked for of each Linear and Conv weight; empty where none was."""
+    if recipe.density is None:
+        return {}
+    layers = list(weight_layers(model))
+    if recipe.conv_density is None:
+        return {layer.weight: recipe.density for layer in layers}
+    if len({isinstance(layer.module, nn.Linear) for layer in layers}) < 2:
+        raise ValueError(
+            f"Invalid `conv_density`: {recipe.conv_density}; {recipe.model} has not both Linear and Conv layers, "
+            "use `density` alone."
+        )
+    return {
+        layer.weight: recipe.density if isinstance(layer.module, nn.Linear) else recipe.conv_density for layer in layers
+    }
+
+
+def asked_density(recipe: Recipe, model: nn.Module) -> float | None:
+    """The share of all Linear and Conv weights that was asked for."""
+    wanted = densities(recipe, model)
+    if recipe.conv_density is None:
+        return recipe.density
+    return sum(p.numel() * density for p, density in wanted.items()) / sum(p.numel() for p in wanted)
+
+
 def make_control(
     recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int
 ) -> TargetDensity | None:
     """The controller, where a density was asked for."""
     if recipe.density is None or not isinstance(optimizer, BregmanOptimizer):
         return None
-    return TargetDensity(optimizer, recipe.density, recipe.control, total_steps, model=model)
+    density: float | list[float | None] = recipe.density
+    if recipe.conv_density is not None:
+        wanted = densities(recipe, model)
+        kinds = [{wanted[p] for p in group["params"] if p in wanted} for group in optimizer.param_groups]
+        density = [kind.pop() if len(kind) == 1 else None for kind in kinds]
+    return TargetDensity(optimizer, density, recipe.control, total_steps, model=model)
 
 
 def make_rival(recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int) -> Rival | None:
