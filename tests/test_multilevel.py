@@ -693,6 +693,27 @@ def test_by_default_small_networks_are_left_alone() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.skipif(not kernels.available(), reason="needs numba")
+def test_a_short_batch_does_not_decide_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch of an epoch may be too small for sparse products to pay off."""
+
+    def seconds(_: Any, key: str, __: Any) -> float:
+        return 1.0 if "dense" in key else 0.5 if "9, 12" in key else 2.0
+
+    monkeypatch.setattr(choice.Timings, "_time", seconds)
+    model = mlp()
+    optimizer = tb.AdaBreg(tb.param_groups(model, tb.L1(), lam=0.01), lr=0.01)
+    levels = tb.Multilevel(model, optimizer)
+    for i in range(40):
+        x, y = batch(i)
+        n = 4 if i == 20 else 9  # in the fine step before a coarse phase
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[:n]), y[:n]).backward()
+        optimizer.step()
+        levels.step()
+    assert levels.counts == {"fine": 4, "coarse": 36}
+
+
 def test_bad_arguments_are_named() -> None:
     model = mlp()
     optimizer = tb.LinBreg(tb.param_groups(model, tb.L1(), lam=0.05))

@@ -138,11 +138,18 @@ class Narrow(Compact):
         return small
 
 
+def _is_part_of(short: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> bool:
+    """Whether `short` are inputs of the same kind with fewer samples."""
+    kinds = [[(x.shape[1:], x.dtype, x.device) for x in some] for some in (short, batch)]
+    return kinds[0] == kinds[1] and sum(x.numel() for x in short) < sum(x.numel() for x in batch)
+
+
 class Whole(Watch):
     """The network: remembers what it was called with, and while there is a compact one sends training calls there.
 
     Attributes:
-        inputs: of the last call in training mode; None if it cannot be traced with them.
+        inputs: of the largest batch like the last one, in training mode; None if the network cannot be traced with
+            them. A short batch says little about what is faster.
         narrow: the compact network.
         chain: what watches the network if it is a Sequential.
         on_call: called before the compact network is used, or, where one is `expected`, made.
@@ -163,7 +170,10 @@ class Whole(Watch):
             self.catch_up()
             return self._itself(*args, **kwargs)
         plain = not kwargs and all(type(x) is Tensor for x in args)
-        self.inputs = tuple(x.detach() for x in args) if plain else None
+        if not plain:
+            self.inputs = None
+        elif self.inputs is None or not _is_part_of(args, self.inputs):
+            self.inputs = tuple(x.detach() for x in args)
         if self.narrow is not None or self.expected:
             self.on_call()
         if self.narrow is None:
