@@ -3,9 +3,10 @@
 All settings are the defaults of `torch-bregman train`, but for the model and the epochs of the ConvNet. The rule
 behind `--multilevel` was chosen on validation data (docs/multilevel.md); a run reads the test data once, at its end.
 
-    python experiments/multilevel.py --data-root DIR [--only NAME] [--seeds 0 1 2]
+    python experiments/multilevel.py --data-root DIR [--only NAME] [--seeds 0 1 2] [--rows REGEX]
 
-Writes experiments/results/multilevel-NAME.json and prints mean ± std (of the sample) per row.
+Writes experiments/results/multilevel-NAME.json and prints mean ± std (of the sample) per row. With --rows the others
+stay as they are in that file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -36,12 +38,17 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, help="a folder that holds mnist/ and fashion-mnist/")
     parser.add_argument("--only", choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", default="", help="a regular expression for the names of the rows to run")
     options = parser.parse_args()
     for name in [options.only] if options.only else TASKS:
-        rows = []
+        path, rows = HERE / "results" / f"multilevel-{name}.json", []
+        before = {row["method"]: row for row in json.loads(path.read_text())["rows"]} if options.rows else {}
         for label, multilevel in (("AdaBreg", False), ("AdaBreg, multilevel", True)):
             recipe = {**TASKS[name], "multilevel": multilevel}
-            rows.append(row(name, label, recipe, options.seeds, options.data_root))
+            if label in before and not re.search(options.rows, label):
+                rows.append(before[label])
+            else:
+                rows.append(row(name, label, recipe, options.seeds, options.data_root))
         content = {
             "recipe": {**TASKS[name], "all else": "defaults of torch-bregman train"},
             "command": f"python experiments/multilevel.py --data-root DIR --only {name}",
@@ -54,7 +61,6 @@ def main() -> None:
             "seeds": options.seeds,
             "rows": rows,
         }
-        path = HERE / "results" / f"multilevel-{name}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"→ {path.relative_to(HERE.parent)}")
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_bregman as tb
-from torch_bregman import kernels
-from torch_bregman.restriction import choice
+from torch_bregman import kernels, multilevel
+from torch_bregman.restriction import Support, choice, missed
+from torch_bregman.restriction.missed import make_up
 
 FORMS = ["masked", pytest.param("sparse", marks=pytest.mark.skipif(not kernels.available(), reason="needs numba"))]
 
@@ -303,6 +304,114 @@ def test_boost_scales_the_fine_step_off_the_support(name: str, form: str) -> Non
             torch.testing.assert_close(one["dual"], wanted)
             assert (one["dual"] != two["dual"]).any()
     torch.testing.assert_close(model[0].weight, tb.L1().prox(states(optimizer)[0]["dual"], 0.05))
+
+
+def stepped(shape: tuple[int, ...], reg: Any, gradients: list[Tensor]) -> tuple[nn.Parameter, Any]:
+    """A weight that is zero, after steps of AdaBreg that leave it so."""
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = tb.AdaBreg([{"params": [p], "regularizer": reg, "lam": 100.0}], lr=0.01)
+    for g in gradients:
+        p.grad = g
+        optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize("regularizer", [tb.L1(), tb.NonNegativeL1(), tb.GroupL1("kernels")], ids=repr)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
+@pytest.mark.parametrize(
+    "few", [pytest.param(0, marks=pytest.mark.skipif(not kernels.available(), reason="needs numba")), 1000]
+)
+def test_what_a_fine_step_makes_up_for(
+    regularizer: Any, maximize: bool, layout: torch.memory_format, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the equations, entry by entry; with few=0 by the kernel."""
+    monkeypatch.setattr(missed, "FEW", few)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(5, 4, 3, 3, generator=generator) + 1 for _ in range(30)]
+    p, optimizer = stepped((5, 4, 3, 3), regularizer, gradients[:-1])
+    state, group = optimizer.state[p], optimizer.param_groups[0]
+    group["maximize"] = maximize
+    if isinstance(regularizer, tb.GroupL1):
+        spans, index = (2, 3), torch.tensor([3, 7])
+    else:
+        spans, index = (), torch.tensor([0, 50, 51])
+    seen = Support(p, spans, index)
+    state["lam"] = 0.35
+    with torch.no_grad():
+        for t in (p.data, *(state[name] for name in ("dual", "exp_avg", "exp_avg_sq"))):
+            t.set_(t.contiguous(memory_format=layout))
+    before = {name: state[name].clone() for name in ("dual", "exp_avg", "exp_avg_sq")}
+    p.grad = g = gradients[-1].contiguous(memory_format=layout)
+    make_up(p, state, group, regularizer, seen, 7)
+
+    m2 = 0.999**7 * before["exp_avg_sq"] + (1 - 0.999**7) * g**2
+    first = (0.9 * before["exp_avg"] + 0.1 * (-g if maximize else g)) / (1 - 0.9**30)
+    second = (0.999 * m2 + 0.001 * g**2) / (1 - 0.999**30)
+    share = ((first**2 / second - 0.1 / 1.9) / (1 - 0.1 / 1.9)).clamp(0, 1)
+    v = before["dual"] - 7 * 0.01 * share * first / (second.sqrt() + 1e-8)
+    v = v - regularizer.prox(v, 0.35)  # on the ball of λ
+    mask = torch.zeros(p.shape, dtype=torch.bool)
+    seen.prolong(seen.restrict(torch.ones_like(mask)), mask)
+    torch.testing.assert_close(state["exp_avg_sq"], torch.where(mask, before["exp_avg_sq"], m2))
+    torch.testing.assert_close(state["dual"], torch.where(mask, before["dual"], v), rtol=1e-3, atol=1e-9)
+    assert torch.equal(state["exp_avg"], before["exp_avg"])
+    assert not regularizer.prox(torch.where(mask, 0, state["dual"]), 0.35).any()
+    assert (state["dual"] - before["dual"]).abs().max() > 0.01
+
+
+def test_gradients_that_agree_are_made_up_for_and_noise_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(4000, generator=generator) for _ in range(1000)]
+    seen = Support(torch.zeros(4000), (), torch.zeros(0, dtype=torch.int64))
+    moved = []
+    for gradients in ([torch.ones(4000)] * 1000, noise):
+        p, optimizer = stepped((4000,), tb.L1(), gradients)
+        before = optimizer.state[p]["dual"].clone()
+        optimizer.state[p]["step"] += 9  # as the coarse steps have counted
+        make_up(p, optimizer.state[p], optimizer.param_groups[0], tb.L1(), seen, 9)
+        moved.append(((optimizer.state[p]["dual"] - before) / 0.09).abs())
+    torch.testing.assert_close(moved[0], torch.ones(4000))  # nine steps of lr
+    assert moved[1].mean() < 0.03
+
+
+def test_a_weight_without_gradients_has_nothing_to_make_up_for() -> None:
+    p, optimizer = stepped((6,), tb.L1(), [torch.zeros(6)] * 3)
+    make_up(p, optimizer.state[p], optimizer.param_groups[0], tb.L1(), Support(p, (), torch.tensor([1])), 5)
+    assert not optimizer.state[p]["dual"].any()
+
+
+@pytest.mark.skipif(not kernels.available(), reason="needs numba")
+@pytest.mark.parametrize("stop", [9, 10, 11, 15, 20])
+def test_what_is_chosen_well_resumes_bit_for_bit(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MARGIN", "ABLE"):
+        monkeypatch.setattr(choice, name, float("inf"))
+    calls = []
+
+    def spy(*args: Any) -> None:
+        calls.append(args[-1])
+        make_up(*args)
+
+    monkeypatch.setattr(multilevel, "make_up", spy)
+
+    def new() -> tuple[nn.Module, Any, tb.Multilevel]:
+        model = mlp()
+        optimizer = OPTIMIZERS["adabreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+        return model, optimizer, tb.Multilevel(model, optimizer)
+
+    one, three = new(), new()
+    train(one[0], one[1], range(35), one[2].step)
+    assert calls == [9] * 9  # three weights, in the fine steps after the three phases
+    two = new()
+    train(two[0], two[1], range(stop), two[2].step)
+    for part, saved in zip(three, [copy.deepcopy(part.state_dict()) for part in two], strict=True):
+        part.load_state_dict(saved)
+    train(three[0], three[1], range(stop, 35), three[2].step)
+    assert one[2].counts == three[2].counts == {"fine": 4, "coarse": 31}
+    for p, q in zip(one[0].state_dict().values(), three[0].state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+    for a, b in zip(states(one[1]), states(three[1]), strict=True):
+        assert torch.equal(a["dual"], b["dual"])
 
 
 @pytest.mark.parametrize("order", ["control first", "levels first"])

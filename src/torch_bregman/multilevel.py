@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import is_sharded
-from .optim import BregmanOptimizer
+from .optim import AdaBreg, BregmanOptimizer
 from .optim.base import check_number, primal
 from .regularizers import L1, Grouped, Regularizer
 from .restriction import Support, beyond, elementwise, restricted_regularizer, separable, support
@@ -20,6 +20,7 @@ from .restriction import choice as choosing
 from .restriction.choice import Choice, Timings
 from .restriction.graph import Graph, Untraceable
 from .restriction.layers import Layer, Live, Seen, Watch, chains, form_of
+from .restriction.missed import make_up
 from .restriction.narrow import Narrow, Whole
 from .restriction.ranks import Ranks
 
@@ -115,8 +116,9 @@ class Multilevel:
             there: from 4 coarse steps to 19 for one fine step, without it 9.
         margin: for each live weight, v of so many others moves in the coarse phases too, those nearest to the
             threshold; θ stays zero there until a fine step. None: 1 where `coarse_steps` is None, else 0. For `L1`.
-        boost: factor on the steps of v off the support, in the fine steps. None is 1: more adds noise and finds nothing
-            that the other batches have seen (docs/multilevel.md).
+        boost: factor on the steps of v off the support, in the fine steps. None: 1; but with `coarse_steps=None` and
+            AdaBreg, the first fine step also makes up for the coarse ones, as far as the moments say that gradients
+            agree (`restriction.missed.make_up`).
 
     Raises:
         ValueError: an option out of range, an optimizer without a dual, or one that has a `Multilevel` already;
@@ -158,6 +160,9 @@ class Multilevel:
         self.optimizer = optimizer
         self.coarse_steps, self.fine_steps = coarse_steps, 1 if fine_steps is None else fine_steps
         self.boost = 1.0 if boost is None else float(boost)
+        self._makes_up = boost is None and coarse_steps is None and isinstance(optimizer, AdaBreg)
+        self._missed: tuple[int, list[Part]] = (0, [])  # coarse steps of the phase that has just ended, and its parts
+        self._phase = 0  # coarse steps of this phase so far
         self.margin = (MARGIN if coarse_steps is None else 0.0) if margin is None else float(margin)
         self._reach = 0.8  # entries with |v| beyond this share of λ are near
         self.left = self.fine_steps  # steps until the phase changes
@@ -199,6 +204,7 @@ class Multilevel:
         self.counts["coarse" if self.restricted else "fine"] += 1
         if self.coarse_steps == 0:
             return
+        self._phase += self.restricted
         self._add_up()
         self.left -= 1
         if self.left > 0:
@@ -224,6 +230,7 @@ class Multilevel:
         """
         if at_once or self._parts:
             self._last = [] if at_once else [self._describe(part) for part in self._parts]
+            self._missed = (0, []) if at_once or not self._makes_up else (self._phase, list(self._parts))
             for part in self._parts:
                 part.live.finish()
                 self._hold_back(part)
@@ -242,6 +249,7 @@ class Multilevel:
         return {
             "left": self.left,
             "reach": self._reach,
+            "phase": self._phase,
             "counts": dict(self.counts),
             "flops": [self.flops, self.dense_flops],
             "restricted": self.restricted,
@@ -264,7 +272,7 @@ class Multilevel:
         self.leave()
         self._watch(True)
         self.left, self.counts = state_dict["left"], Counter(state_dict["counts"])
-        self._reach = state_dict["reach"]
+        self._reach, self._phase = state_dict["reach"], state_dict.get("phase", 0)
         self.flops, self.dense_flops = state_dict["flops"]
         self.timings.seconds = dict(state_dict["seconds"])
         for layer in self._layers:
@@ -371,6 +379,7 @@ class Multilevel:
     @torch.no_grad()
     def _restrict(self) -> bool:
         """Choose how each layer will compute, and go to the live parts; False, and nothing done, if none gains."""
+        self._phase, self._missed = 0, (0, [])
         candidates = self._candidates()
         rows = any(by_rows(reg) for *_, reg in candidates)
         where, near = self._supports(candidates)
@@ -615,6 +624,13 @@ class Multilevel:
     @torch.no_grad()
     def _before_step(self) -> None:
         self._on_edit()
+        missed, parts = self._missed
+        for part in parts:
+            state, full = self.optimizer.state[part.live.full], part.live.full
+            if part.regularizer is not None and full.grad is not None and "exp_avg" in state:
+                group = self.optimizer.param_groups[part.group]
+                make_up(full, state, group, part.regularizer, part.live.where, missed)
+        self._missed = (0, [])
         self._before = []
         if self.boost != 1 and not self.restricted:
             for _, _, p, reg in self._candidates():
