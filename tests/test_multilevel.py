@@ -375,6 +375,26 @@ def test_gradients_that_agree_are_made_up_for_and_noise_is_not() -> None:
     assert moved[1].mean() < 0.03
 
 
+@pytest.mark.parametrize("regularizer", [tb.L1(), tb.GroupL1("rows")], ids=repr)
+def test_weights_of_half_precision_are_made_up_for_in_full(regularizer: Any) -> None:
+    p = nn.Parameter(torch.zeros(6, 8, dtype=torch.bfloat16))
+    optimizer = tb.AdaBreg([{"params": [p], "regularizer": regularizer, "lam": 50.0}], lr=0.01)
+    for _ in range(200):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    before = optimizer.state[p]["dual"].clone()
+    seen = (
+        Support(p, (1,), torch.tensor([2]))
+        if isinstance(regularizer, tb.GroupL1)
+        else Support(p, (), torch.arange(16, 24))
+    )
+    make_up(p, optimizer.state[p], optimizer.param_groups[0], regularizer, seen, 9)
+    moved = optimizer.state[p]["dual"] - before
+    assert optimizer.state[p]["dual"].dtype == torch.float32
+    assert not moved[2].any()
+    assert (moved[:2] < -0.05).all()
+
+
 def test_a_weight_without_gradients_has_nothing_to_make_up_for() -> None:
     p, optimizer = stepped((6,), tb.L1(), [torch.zeros(6)] * 3)
     make_up(p, optimizer.state[p], optimizer.param_groups[0], tb.L1(), Support(p, (), torch.tensor([1])), 5)

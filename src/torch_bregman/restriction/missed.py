@@ -42,8 +42,9 @@ def make_up(
         reg: J, whose threshold is the λ of `state`.
         seen: the entries that have been trained in the coarse phase; they stay as they are.
     """
-    v, first, second, grad = state["dual"], state["exp_avg"], state["exp_avg_sq"], weight.grad
-    assert grad is not None
+    v, first, second = state["dual"], state["exp_avg"], state["exp_avg_sq"]
+    assert weight.grad is not None
+    grad = weight.grad.to(v.dtype)
     held = seen.restrict(v), seen.restrict(second)
     (beta1, beta2), k = group["betas"], float(state["step"]) + 1
     noise = (1 - beta1) / (1 + beta1)
