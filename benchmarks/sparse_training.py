@@ -222,7 +222,7 @@ def computes(levels: Any) -> str:
 def run(root: Path | None, density: float, epochs: int) -> None:
     """Dense Adam and the multilevel defaults: seconds until the validation accuracy is the dense one's minus 0.5."""
     print(f"\nFashion-MNIST, MLP 784-4096-4096-10, batch 128, {epochs} epochs each", flush=True)
-    base = {"dataset": "fashion-mnist", "model": "benchmarks.sparse_training:large_mlp", "epochs": epochs}
+    base = {"dataset": "fashion-mnist", "model": "sparse_training:large_mlp", "epochs": epochs}
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, options in (
         ("dense Adam", {"optimizer": "adam"}),
