@@ -432,7 +432,8 @@ def test_the_page_is_made_of_the_result_files(clone, capsys):
     assert "| AdaBreg 5 % | 5.00 % | 5.00 %, 5.08 % | 96.94 ± 0.74 % |" in page
     assert "| rescale | 5.00 % | 9.77 %, 6.13 %, 13.39 % | 97.31 ± 0.27 % |" in page
     assert "| 56 coarse, 8 fine | 98.25 ± 0.26 % | 12.5% |" in page
-    assert "(21%)" in page
+    row = json.loads((results / "multilevel-mnist-mlp.json").read_text())["rows"][1]
+    assert f"({sum(row['flops']) / sum(row['dense_flops']):.0%})" in page
     works(*arguments)
     assert (clone / "docs" / "results.md").read_text() == page
     content = json.loads((results / "digits.json").read_text())
@@ -550,3 +551,14 @@ def test_the_variance_table(clone, capsys):
     assert (clone / "docs" / "results-tiny.png").stat().st_size < 200_000
     recipe_of(clone).write_text(HEAD + 'kind = "variance"\n[[rows]]\nmethod = "with"\nnonlinearity = "sine"\n')
     assert "Invalid `nonlinearity`" in fails(capsys, "tiny", "--recipes", recipe_of(clone).parent)
+
+
+def test_a_row_without_a_curve_in_one_panel_keeps_its_colour_and_stands_in_the_legend():
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figure = figure_module.Figure()
+    early = {"val_accuracy": [0.1, 0.9], "density": [0.01, 0.05]}
+    rows = [{"method": "old", "curve": early}, {"method": "new", "curve": {**early, "l1_norm": [10.0, 100.0]}}]
+    assert tables.draw_curves(figure, rows)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["old", "new"]
+    accuracy, _, norm = figure.axes
+    assert norm.lines[0].get_color() == accuracy.lines[1].get_color() != accuracy.lines[0].get_color()

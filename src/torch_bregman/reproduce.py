@@ -890,22 +890,24 @@ def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
     if any("activations" in row for row in rows):
         panels = [("activations", "E[z²] of the layer", 1.0), ("gradients", "E[(∂L/∂z)²] of the layer", 1.0)]
         x_name = "layer"
-        lines = {key: [(row["method"], row[key]) for row in rows if row.get(key)] for key, _, _ in panels}
+        lines = {key: [(i, row[key]) for i, row in enumerate(rows) if row.get(key)] for key, _, _ in panels}
     else:
         panels = [("val_accuracy", "validation accuracy, %", 100.0), ("density", "weights kept, %", 100.0)]
         if any("l1_norm" in row.get("curve", {}) for row in rows):
             panels.append(("l1_norm", "‖θ‖₁", 1.0))
         x_name = "epoch"
         lines = {
-            key: [(r["method"], r["curve"][key]) for r in rows if key in r.get("curve", {})] for key, _, _ in panels
+            key: [(i, row["curve"][key]) for i, row in enumerate(rows) if key in row.get("curve", {})]
+            for key, _, _ in panels
         }
     if not any(lines.values()):
         return False
+    named: dict[int, Any] = {}  # a line of each row that stands in a panel
     for axes, (key, title, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for i, (label, values) in enumerate(lines[key]):
+        for i, values in lines[key]:
             start = 1 if x_name == "layer" else 0
-            axes.plot(range(start, start + len(values)), [scale * value for value in values], lw=1.3,
-                      color=f"C{i % 10}", ls=("-", "--", ":")[i // 10 % 3], label=label)  # fmt: skip
+            (named[i],) = axes.plot(range(start, start + len(values)), [scale * value for value in values], lw=1.3,
+                                    color=f"C{i % 10}", ls=("-", "--", ":")[i // 10 % 3])  # fmt: skip
         axes.set_xlabel(x_name)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_ylabel(title)
@@ -916,7 +918,8 @@ def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
             axes.set_ylim(max(0.0, low - max(3.0, 0.5 * (max(last) - low))), max(last) + 1)  # epoch 0 is at chance
         else:
             axes.set_yscale("log")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    handles, labels = [named[i] for i in sorted(named)], [rows[i]["method"] for i in sorted(named)]
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
     return True
 
 
