@@ -51,7 +51,8 @@ def main() -> None:
                 rows.append(row(name, label, recipe, options.seeds, options.data_root))
         content = {
             "recipe": {**TASKS[name], "all else": "defaults of torch-bregman train"},
-            "command": f"python experiments/multilevel.py --data-root DIR --only {name}",
+            "command": f"python experiments/multilevel.py --data-root DIR --only {name} --seeds "
+            + " ".join(map(str, options.seeds)),
             "environment": {
                 "torch-bregman": tb.__version__,
                 "torch": torch.__version__,

@@ -326,9 +326,9 @@ def densities(recipe: Recipe, model: nn.Module) -> dict[torch.Tensor, float]:
 
 def asked_density(recipe: Recipe, model: nn.Module) -> float | None:
     """The share of all Linear and Conv weights that was asked for."""
-    wanted = densities(recipe, model)
     if recipe.conv_density is None:
         return recipe.density
+    wanted = densities(recipe, model)
     return sum(p.numel() * density for p, density in wanted.items()) / sum(p.numel() for p in wanted)
 
 
