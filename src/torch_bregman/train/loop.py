@@ -92,6 +92,8 @@ def fit(
     asked = asked_density(recipe, model)
     if recipe.optimizer not in (*DENSE, *RIVALS, "proxsgd"):
         start_sparse(recipe, model)
+    if task == "denoise":
+        start_at_mean(model, data.train.x)
     model.to(device)
     layout: dict[str, Any] = {}
     if ranks.strategy != "fsdp" and any(isinstance(module, nn.Conv2d) for module in model.modules()):
@@ -345,6 +347,27 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
                 sparse_init_(module, start, groups, generator)
                 if recipe.regularizer == "nonnegative-l1":
                     weight.data.abs_()
+    _, _, first = layers[0]
+    if chosen[first.dim() != 2] is not None:
+        # 1/r makes up for what is dead in the layer before, but all of the data are alive: here only the share of the
+        # inputs counts that a live unit has.
+        alive = first.data.flatten(1) != 0
+        first.data.mul_((alive.float().mean() / alive[alive.any(1)].float().mean()).sqrt())
+    if getattr(model, "task", "classify") == "denoise":
+        # With a random image at the output the first steps push all neurons away from it, and most ReLUs die.
+        layers[-1].weight.data.mul_(0.1)
+
+
+@torch.no_grad()
+def start_at_mean(model: nn.Module, x: Tensor) -> None:
+    """Let a denoiser say the mean of the images `x` first, by the bias of its last layer where that is as large.
+
+    Else all neurons learn the mean at once, with one gradient for all, and many ReLUs are dead after that.
+    """
+    *_, last = weight_layers(model)
+    bias = last.module._parameters.get("bias")
+    if bias is not None and bias.numel() == x[0].numel():
+        bias.copy_(x.mean(0, dtype=torch.float32).view_as(bias))
 
 
 @torch.no_grad()
