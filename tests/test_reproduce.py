@@ -14,6 +14,7 @@ import torch
 
 from torch_bregman import reproduce as tables
 from torch_bregman.cli import main
+from torch_bregman.report.curves import family
 from torch_bregman.reproduce import read_experiment, read_experiments
 from torch_bregman.train.files import RunError
 from torch_bregman.train.loop import Stopped
@@ -562,3 +563,36 @@ def test_a_row_without_a_curve_in_one_panel_keeps_its_colour_and_stands_in_the_l
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["old", "new"]
     accuracy, _, norm = figure.axes
     assert norm.lines[0].get_color() == accuracy.lines[1].get_color() != accuracy.lines[0].get_color()
+
+
+def test_a_method_has_one_colour_at_all_its_densities():
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figure = figure_module.Figure()
+    rows = [
+        {"method": f"{method} {density} %", "kept": [density / 100] * 2, "test_accuracy_mean": accuracy,
+         "test_accuracy_std": 0.01, "curve": {"val_accuracy": [0.1, accuracy], "density": [1.0, density / 100]}}
+        for method, density, accuracy in [("RigL", 5, 0.9), ("SET", 5, 0.8), ("RigL", 2, 0.85)]
+    ]  # fmt: skip
+    assert tables.draw_curves(figure, rows)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["RigL", "SET"]
+    kept, accuracy, _ = figure.axes
+    assert kept.get_xlabel() == "weights kept, %"
+    rigl, set_ = (line for line in kept.lines if len(line.get_xdata()) and line.get_marker() == "o")
+    assert list(rigl.get_xdata()) == [2, 5]
+    assert list(rigl.get_ydata()) == [85, 90]
+    five, other, two = accuracy.lines
+    assert five.get_color() == two.get_color() == rigl.get_color() != other.get_color() == set_.get_color()
+    assert five.get_linestyle() != two.get_linestyle()
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("RigL 2 %", "RigL"),
+        ("AdaBreg 3.4 %, multilevel", "AdaBreg, multilevel"),
+        ("AdaBreg 3.45 / 3.95 %, multilevel, 30 epochs", "AdaBreg, multilevel, 30 epochs"),
+        ("LinBreg, λ 1e-1", "LinBreg, λ 1e-1"),
+    ],
+)
+def test_the_name_of_a_method_without_its_density(method, name):
+    assert family(method) == name

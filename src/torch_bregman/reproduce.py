@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,13 +37,11 @@ from .density import density as density_of
 from .init import sparse_init_
 from .models.resnet import ResNet
 from .report.architecture import draw_architectures
+from .report.curves import draw_curves
 from .report.words import percent
 from .train.files import RunError, write_atomically
 from .train.loop import Stopped, fit
 from .train.recipe import OPTIMIZERS, Recipe
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 QUICK: dict[str, Any] = {"epochs": 1, "limit": 1000}
 QUICK_WARNING = "--quick: few samples, one epoch, one seed. These figures prove that the path works, and mean nothing."
@@ -875,52 +873,11 @@ def plot(content: dict[str, Any], path: Path, picture: str = "curves") -> None:
         raise RunError("--plots needs the extra train: pip install 'torch-bregman[train]'.") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        height = max(4.2, 0.3 + 0.15 * len(content["rows"]))  # of the legend
-        figure = Figure(figsize=(10, height), dpi=100, layout="constrained")
+        figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         draw = draw_architectures if picture == "architecture" else draw_curves
         if draw(figure, content["rows"]):
             write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
-
-
-def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
-    """Panels over the epochs, or over the layers; False where there is nothing to show."""
-    from matplotlib.ticker import MaxNLocator
-
-    if any("activations" in row for row in rows):
-        panels = [("activations", "E[z²] of the layer", 1.0), ("gradients", "E[(∂L/∂z)²] of the layer", 1.0)]
-        x_name = "layer"
-        lines = {key: [(i, row[key]) for i, row in enumerate(rows) if row.get(key)] for key, _, _ in panels}
-    else:
-        panels = [("val_accuracy", "validation accuracy, %", 100.0), ("density", "weights kept, %", 100.0)]
-        if any("l1_norm" in row.get("curve", {}) for row in rows):
-            panels.append(("l1_norm", "‖θ‖₁", 1.0))
-        x_name = "epoch"
-        lines = {
-            key: [(i, row["curve"][key]) for i, row in enumerate(rows) if key in row.get("curve", {})]
-            for key, _, _ in panels
-        }
-    if not any(lines.values()):
-        return False
-    named: dict[int, Any] = {}  # a line of each row that stands in a panel
-    for axes, (key, title, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for i, values in lines[key]:
-            start = 1 if x_name == "layer" else 0
-            (named[i],) = axes.plot(range(start, start + len(values)), [scale * value for value in values], lw=1.3,
-                                    color=f"C{i % 10}", ls=("-", "--", ":")[i // 10 % 3])  # fmt: skip
-        axes.set_xlabel(x_name)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.set_ylabel(title)
-        axes.grid(color="#e2e6ea")
-        if key == "val_accuracy" and lines[key]:
-            last = [scale * values[-1] for _, values in lines[key]]
-            low = max(min(last), max(last) - 5.0)  # those far below would press the others together
-            axes.set_ylim(max(0.0, low - max(3.0, 0.5 * (max(last) - low))), max(last) + 1)  # epoch 0 is at chance
-        else:
-            axes.set_yscale("log")
-    handles, labels = [named[i] for i in sorted(named)], [rows[i]["method"] for i in sorted(named)]
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
-    return True
 
 
 if __name__ == "__main__":
