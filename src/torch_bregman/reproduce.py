@@ -799,7 +799,8 @@ def results_page(
         done = content.get("rows", [])
         labels = {row.get("method") for row in done}
         todo = [
-            {"method": row.method, "asked": row.options.get("density"), "state": "not yet run",
+            {"method": row.method, "state": "not yet run",
+             "asked": None if "conv_density" in row.options else row.options.get("density"),
              "published": published(row, experiment.source)}
             for row in experiment.rows if row.method not in labels
         ]  # fmt: skip

@@ -67,6 +67,8 @@ def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
         axes.set_xlabel("weights kept, %")
         axes.set_ylabel("test accuracy, %")
         _plain_log(axes.set_xscale, axes.xaxis)
+        shares = [100 * statistics.mean(row["kept"]) for _, row in scored]
+        axes.set_xlim(min(shares) / 1.6, max(shares) * 1.6)  # all may have kept the same
         _cut_below(axes, [100 * row["test_accuracy_mean"] for _, row in scored])
     for axes, (key, title, scale) in zip(places, panels, strict=False):
         for i, values in curves[key]:
