@@ -84,6 +84,13 @@ def test_an_output_of_another_size_or_without_a_bias_is_left_alone():
             assert torch.equal(value, before[name])
 
 
+def test_a_network_without_layers_to_start_is_left_to_the_optimizer():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(36))
+    start_sparse(GROUPED.check(), net)
+    start_at_mean(net, torch.randn(20, 1, 6, 6))
+    assert torch.equal(net[1].weight, torch.ones(36))
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adabreg"])
 def test_the_first_scores_of_a_denoiser_are_about_those_of_the_mean_image(tmp_path, optimizer):
     recipe = Recipe(

@@ -347,6 +347,8 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
                 sparse_init_(module, start, groups, generator)
                 if recipe.regularizer == "nonnegative-l1":
                     weight.data.abs_()
+    if not layers:
+        return  # the optimizer has the sentence for it
     _, _, first = layers[0]
     if chosen[first.dim() != 2] is not None:
         # 1/r makes up for what is dead in the layer before, but all of the data are alive: here only the share of the
@@ -364,10 +366,10 @@ def start_at_mean(model: nn.Module, x: Tensor) -> None:
 
     Else all neurons learn the mean at once, with one gradient for all, and many ReLUs are dead after that.
     """
-    *_, last = weight_layers(model)
-    bias = last.module._parameters.get("bias")
-    if bias is not None and bias.numel() == x[0].numel():
-        bias.copy_(x.mean(0, dtype=torch.float32).view_as(bias))
+    for last in list(weight_layers(model))[-1:]:
+        bias = last.module._parameters.get("bias")
+        if bias is not None and bias.numel() == x[0].numel():
+            bias.copy_(x.mean(0, dtype=torch.float32).view_as(bias))
 
 
 @torch.no_grad()
