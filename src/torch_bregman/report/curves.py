@@ -50,8 +50,9 @@ def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
         method = family(rows[i]["method"])
         return {"color": colour[method], "ls": ("-", "--", ":", "-.")[members[method].index(i) % 4]}
 
-    across = math.ceil((len(panels) + bool(scored)) / (2 if len(panels) + bool(scored) > 3 else 1))
-    down = math.ceil((len(panels) + bool(scored)) / across)
+    count = len(panels) + bool(scored)
+    down = 2 if count > 3 else 1
+    across = math.ceil(count / down)
     figure.set_figheight(max(3.6 * down + 0.6, 0.4 + 0.15 * len(methods)))
     places = iter(figure.subplots(down, across, squeeze=False).flat)
     if scored:

@@ -366,10 +366,10 @@ def start_at_mean(model: nn.Module, x: Tensor) -> None:
 
     Else all neurons learn the mean at once, with one gradient for all, and many ReLUs are dead after that.
     """
-    for last in list(weight_layers(model))[-1:]:
-        bias = last.module._parameters.get("bias")
-        if bias is not None and bias.numel() == x[0].numel():
-            bias.copy_(x.mean(0, dtype=torch.float32).view_as(bias))
+    layers = list(weight_layers(model))
+    bias = layers[-1].module._parameters.get("bias") if layers else None
+    if bias is not None and bias.numel() == x[0].numel():
+        bias.copy_(x.mean(0, dtype=torch.float32).view_as(bias))
 
 
 @torch.no_grad()
