@@ -3,8 +3,8 @@
     python experiments/tune.py mnist-mlp --rows "RigL" --grid lr=1e-3,3e-3,1e-2 --data-root DIR
 
 trains each row that --rows finds once for every point of the grid, with a seed that no table uses, and adds the best
-validation accuracy on target to experiments/results/tuning/NAME.json. What is there already is not run again. The
-accuracy on test data is never read.
+validation accuracy on target (of denoisers the SSIM) to experiments/results/tuning/NAME.json. What is there already is
+not run again. No measure on test data is read.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ def main() -> None:
             recipe = Recipe(**(row.options | point | {"seed": SEED})).check()
             with tempfile.TemporaryDirectory() as folder:
                 end = fit(recipe, Path(folder), data_root=args.data_root, quiet=True)
-            result = label | {"val_accuracy": end.get("val_accuracy"), "seconds": end["seconds"]}
+            measure = "val_accuracy" if "val_accuracy" in end else "val_ssim"
+            result = label | {measure: end.get(measure), "density": end["density"], "seconds": end["seconds"]}
             # Read again: another process may have added to it meanwhile.
             content = {"seed": SEED, "environment": describe_machine(), "rows": [*read_rows(path), result]}
             write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-            print(f"{row.method:32} {point}  val {end.get('val_accuracy')}  {end['seconds']:.0f} s", flush=True)
+            print(f"{row.method:32} {point}  {measure} {end.get(measure)}  {end['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

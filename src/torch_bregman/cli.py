@@ -30,6 +30,7 @@ from .data import DataError, Dataset, load
 from .models import build
 from .report import terminal_summary, write_report
 from .report.words import near
+from .train.denoising import Denoising
 from .train.files import RunError
 from .train.loop import Stopped, evaluate, fit
 from .train.ranks import TORCHRUN, start
@@ -284,11 +285,10 @@ def bench(
         torch.set_num_threads(recipe.threads)
 
     measure = "test_accuracy" if "test_accuracy" in end else "test_loss"
-    noise_scale = recipe.noise / torch.tensor(done.data.std).view(-1, *[1] * (len(done.data.shape) - 1))
-    task = getattr(done.model, "task", "classify")
+    denoising = Denoising.of(done.model, done.data, recipe)
 
     def score(model: nn.Module) -> float:
-        scores = evaluate(model, done.data.test, task, noise_scale, nullcontext, {})
+        scores = evaluate(model, done.data.test, denoising, nullcontext, {})
         return scores[measure.replace("test_", "val_")]
 
     # What was measured when the runs ended stands; what was made of the network since is measured now.

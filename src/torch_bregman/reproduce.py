@@ -422,8 +422,7 @@ def _cut_out(recipe: Recipe, data_root: Path | None, folder: Path) -> Path:
         data = load(recipe.dataset, data_root, limit=recipe.limit)
         splits = {"train": data.train, "val": data.validation, "test": data.test}
         # As pixels again: the file is normalised anew when it is read.
-        mean, std = (torch.tensor(v).view(-1, *[1] * (len(data.shape) - 1)) for v in (data.mean, data.std))
-        arrays = {f"x_{kind}": (split.x[: QUICK["limit"]] * std + mean).numpy() for kind, split in splits.items()}
+        arrays = {f"x_{kind}": data.raw(split.x[: QUICK["limit"]]).numpy() for kind, split in splits.items()}
         arrays |= {f"y_{kind}": split.y[: QUICK["limit"]].numpy() for kind, split in splits.items()}
         np.savez(path, **arrays)  # type: ignore[arg-type]
     return path

@@ -50,3 +50,12 @@ class Dataset:
         return replace(
             self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
         )
+
+    def scale(self, like: Tensor) -> Tensor:
+        """`std` on the device of `like`, in a shape that multiplies a batch of samples."""
+        return torch.tensor(self.std, device=like.device).view(-1, *[1] * (len(self.shape) - 1))
+
+    def raw(self, x: Tensor) -> Tensor:
+        """The samples `x` as they were before normalisation: images as pixels in [0, 1]."""
+        mean = torch.tensor(self.mean, device=x.device).view(-1, *[1] * (len(self.shape) - 1))
+        return x * self.scale(x) + mean

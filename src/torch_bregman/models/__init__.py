@@ -46,15 +46,20 @@ def convnet(shape: Shape, classes: int) -> nn.Module:
 
 
 class Autoencoder(nn.Sequential):
-    """Six Linear layers as wide as the input: rows that never come alive are neurons that were not needed."""
+    """Six Linear layers as wide as the input: rows that never come alive are neurons that were not needed.
 
-    #: the training loop adds noise to the input and compares with the clean one
+    On images each has a ReLU, the last one too, as in the authors' code: pixels are not negative, and a background that
+    is not exactly black costs much of the structural similarity. Arrays end in a Linear layer.
+    """
+
+    #: the training loop gives samples with noise and compares with what they were before noise and normalisation
     task = "denoise"
 
     def __init__(self, shape: Shape) -> None:
         width = math.prod(shape)
         hidden = [layer for _ in range(5) for layer in (nn.Linear(width, width), nn.ReLU())]
-        super().__init__(nn.Flatten(), *hidden, nn.Linear(width, width), nn.Unflatten(1, shape))
+        output = [nn.Linear(width, width), nn.ReLU()] if len(shape) == 3 else [nn.Linear(width, width)]
+        super().__init__(nn.Flatten(), *hidden, *output, nn.Unflatten(1, shape))
 
 
 def autoencoder(shape: Shape, classes: int) -> nn.Module:

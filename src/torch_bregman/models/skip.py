@@ -48,14 +48,19 @@ class SkipNet(nn.Sequential):
 
 
 class SkipEncoder(SkipNet):
-    """The denoising autoencoder, six Linear layers as wide as the input, with skips from every layer to later ones."""
+    """The denoising autoencoder, six Linear layers as wide as the input, with skips from every layer to later ones.
+
+    On images each layer has a ReLU, the last one too; arrays end in a Linear layer.
+    """
 
     task = "denoise"
 
     def __init__(self, shape: Shape) -> None:
         width = math.prod(shape)
-        hidden = [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(5)]
-        chain = SkipChain([*hidden, nn.Linear(width, width)])
+        layers: list[nn.Module] = [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(6)]
+        if len(shape) != 3:
+            layers[-1] = nn.Linear(width, width)
+        chain = SkipChain(layers)
         super().__init__(nn.Flatten(), chain, nn.Unflatten(1, shape))
 
 

@@ -35,6 +35,7 @@ from ..multilevel import Multilevel
 from ..report import weight_pattern
 from ..report.words import near
 from ..rivals import Lasso, Rival, training_flops
+from .denoising import Denoising, denoises, start_at_mean
 from .display import Display
 from .files import RunError, write_atomically
 from .ranks import ALONE, Looks, Ranks
@@ -88,12 +89,12 @@ def fit(
 
     torch.manual_seed(recipe.seed)
     model = build(recipe.model, data.shape, len(data.classes))
-    task = getattr(model, "task", "classify")
+    denoising = Denoising.of(model, data, recipe)
     asked = asked_density(recipe, model)
     if recipe.optimizer not in (*DENSE, *RIVALS, "proxsgd"):
         start_sparse(recipe, model)
-    if task == "denoise":
-        start_at_mean(model, data.train.x)
+    if denoising:
+        start_at_mean(model, denoising.clean(data.train.x))
     model.to(device)
     layout: dict[str, Any] = {}
     if ranks.strategy != "fsdp" and any(isinstance(module, nn.Conv2d) for module in model.modules()):
@@ -120,18 +121,17 @@ def fit(
     batches = Batches(data.train, recipe.batch_size, generator=order, augment=augment)
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
-        if task == "denoise":
-            noisy, x = ranks.part(x + noise_scale * torch.randn(x.shape, device=device, generator=noise), x)
-            return F.mse_loss(network(noisy), x)
+        if denoising:
+            noisy, clean = ranks.part(denoising.noisy(x, noise), denoising.clean(x))
+            return F.mse_loss(network(noisy), clean)
         x, y = ranks.part(x, y)
         return F.cross_entropy(network(x), y)
 
-    similarity = similarity_on(data) if task == "denoise" else None
+    similarity = similarity_on(data) if denoising else None
 
     def scores_on(split: Split, images: int) -> dict[str, float]:
-        return evaluate(model, split, task, noise_scale, mixed, layout, ranks, similarity, images)
+        return evaluate(model, split, denoising, mixed, layout, ranks, similarity, images)
 
-    noise_scale = recipe.noise / torch.tensor(data.std, device=device).view(-1, *[1] * (len(data.shape) - 1))
     losses = torch.full((steps_per_epoch,), math.nan, device=device)
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
@@ -207,9 +207,7 @@ def fit(
 
         with stop_signals(patient=ranks.size > 1) as stopping:
             if not rows:
-                scores = evaluate(
-                    model, data.validation, task, noise_scale, mixed, layout, ranks, similarity, SSIM_IMAGES
-                )
+                scores = scores_on(data.validation, SSIM_IMAGES)
                 rows.append(measure(0, None, scores, model, optimizer, asked, 0.0, 0.0))
                 metrics.add(rows[0])
                 keep_patterns(run, "start", model, ranks)
@@ -253,9 +251,7 @@ def fit(
                 ranks.average_(losses[averaged:])
                 train_loss = finite(losses, epoch, steps_per_epoch, checkpoints.last).mean().item()
                 seconds = time.perf_counter() - epoch_began
-                scores = evaluate(
-                    model, data.validation, task, noise_scale, mixed, layout, ranks, similarity, SSIM_IMAGES
-                )
+                scores = scores_on(data.validation, SSIM_IMAGES)
                 rate = recipe.batch_size * (i - done) / max(seconds, 1e-9)
                 row = measure(epoch, train_loss, scores, model, optimizer, asked, seconds, rate) | work(levels)
                 rows.append(row)
@@ -355,26 +351,14 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
         # inputs counts that a live unit has.
         alive = first.data.flatten(1) != 0
         first.data.mul_((alive.float().mean() / alive[alive.any(1)].float().mean()).sqrt())
-    if getattr(model, "task", "classify") == "denoise":
+    if denoises(model):
         # With a random image at the output the first steps push all neurons away from it, and most ReLUs die.
         layers[-1].weight.data.mul_(0.1)
 
 
 @torch.no_grad()
-def start_at_mean(model: nn.Module, x: Tensor) -> None:
-    """Let a denoiser say the mean of the images `x` first, by the bias of its last layer where that is as large.
-
-    Else all neurons learn the mean at once, with one gradient for all, and many ReLUs are dead after that.
-    """
-    layers = list(weight_layers(model))
-    bias = layers[-1].module._parameters.get("bias") if layers else None
-    if bias is not None and bias.numel() == x[0].numel():
-        bias.copy_(x.mean(0, dtype=torch.float32).view_as(bias))
-
-
-@torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, task: str, noise_scale: Tensor, mixed: Callable[[], Any], layout: dict[str, Any],
+    model: nn.Module, split: Split, denoising: Denoising | None, mixed: Callable[[], Any], layout: dict[str, Any],
     ranks: Ranks = ALONE, similarity: Callable[[Tensor, Tensor], list[float]] | None = None, images: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """val_loss; val_accuracy where there are classes; with `similarity` the mean val_ssim of the first `images`.
@@ -391,9 +375,8 @@ def evaluate(
     generator = torch.Generator(split.x.device).manual_seed(0)  # the same noise in every epoch
     for x, y in Batches(split, EVALUATION_BATCH):
         with mixed():
-            if task == "denoise":
-                noise = torch.randn(x.shape, device=x.device, generator=generator)
-                noisy, clean = ranks.part(x + noise_scale * noise, x)
+            if denoising:
+                noisy, clean = ranks.part(denoising.noisy(x, generator), denoising.clean(x))
                 made, count = model(noisy), ranks.count(len(x))
                 loss += F.mse_loss(made, clean) * count
                 if similarity is not None and seen < images:
@@ -409,7 +392,7 @@ def evaluate(
     model.train(training)
     all_loss, all_correct = ranks.total(loss, correct)
     scores = {"val_loss": all_loss / len(split)}
-    if task != "denoise":
+    if not denoising:
         scores["val_accuracy"] = all_correct / len(split)
     if similarity is not None:
         of_all, number = ranks.total(*torch.tensor([sum(alike), len(alike)], dtype=torch.float64))
