@@ -46,7 +46,8 @@ class Recipe:
 
     model: str = "auto"
     """mlp, convnet, resnet18, autoencoder, skipencoder, densenet, or package.module:function of your own, called with
-    (shape, classes). auto: resnet18 for cifar10, mlp for the rest."""
+    (shape, classes); one that says task = "denoise" gives the pixels before noise and normalisation. auto: resnet18 for
+    cifar10, mlp for the rest."""
 
     density: float | None = None
     """Share of the Linear and Conv weights to keep, 0.05 for 5 %. The run ends exactly there. [0.05 unless --lam]"""
