@@ -19,7 +19,7 @@ from typing import Any
 
 from torch_bregman.reproduce import describe_machine, find_recipes, read_experiment
 from torch_bregman.train import Recipe, fit
-from torch_bregman.train.files import write_atomically
+from torch_bregman.train.files import RunError, write_atomically
 
 SEED = 100  # the tables have 0, 1, 2
 
@@ -36,6 +36,16 @@ def read_grid(points: list[str]) -> list[dict[str, Any]]:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """What has been tried so far."""
     return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def trial(recipe: Recipe, data_root: Path | None) -> dict[str, Any]:
+    """What a run ends with on validation data, or why it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            end = fit(recipe, Path(folder), data_root=data_root, quiet=True)
+        except RunError as error:
+            return {"failed": str(error)}
+    return {key: end[key] for key in ("val_accuracy", "val_ssim", "density", "seconds") if key in end}
 
 
 def main() -> None:
@@ -58,15 +68,11 @@ def main() -> None:
             label = {"method": row.method, "options": row.options | point}
             if any({key: old[key] for key in label} == label for old in read_rows(path)):
                 continue
-            recipe = Recipe(**(row.options | point | {"seed": SEED})).check()
-            with tempfile.TemporaryDirectory() as folder:
-                end = fit(recipe, Path(folder), data_root=args.data_root, quiet=True)
-            measure = "val_accuracy" if "val_accuracy" in end else "val_ssim"
-            result = label | {measure: end.get(measure), "density": end["density"], "seconds": end["seconds"]}
+            result = label | trial(Recipe(**(row.options | point | {"seed": SEED})).check(), args.data_root)
             # Read again: another process may have added to it meanwhile.
             content = {"seed": SEED, "environment": describe_machine(), "rows": [*read_rows(path), result]}
             write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-            print(f"{row.method:32} {point}  {measure} {end.get(measure)}  {end['seconds']:.0f} s", flush=True)
+            print(row.method, point, {key: value for key, value in result.items() if key not in label}, flush=True)
 
 
 if __name__ == "__main__":
