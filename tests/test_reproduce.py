@@ -450,6 +450,12 @@ def test_a_damaged_result_file_is_named(clone, capsys):
     assert "bad.json" in fails(capsys, "--page", "--recipes", recipe_of(clone).parent)
 
 
+def test_a_row_has_the_lambda_that_runs_ended_with():
+    row = tables.Row("sparse", {})
+    assert tables.summarise(row, "s", [part(0.5, lam=0.2), part(0.5, lam=0.3)])["lam"] == [0.2, 0.3]
+    assert "lam" not in tables.summarise(row, "s", [part(0.5, lam=None)])
+
+
 # ---------------------------------------------------------------------- what emerges: SSIM, widths, skips
 
 

@@ -524,8 +524,8 @@ def summarise(row: Row, source: str, parts: Sequence[dict[str, Any]]) -> dict[st
         # There is no validation score of a run that never was on target.
         if all(key in end for end in ends) and not (key.endswith("loss") and "test_accuracy" in ends[0]):
             result |= _over_seeds(key, [end[key] for end in ends])
-    for key in ("widths", "full_widths", "skips", "kept_linear", "kept_kernels"):
-        if key in ends[0]:
+    for key in ("widths", "full_widths", "skips", "kept_linear", "kept_kernels", "lam"):
+        if ends[0].get(key) is not None:
             result[key] = [end[key] for end in ends]
     result["seconds"] = [end["seconds"] for end in ends]
     result["dense_flops"] = [part["dense_flops"] for part in parts]
