@@ -450,6 +450,36 @@ def test_a_damaged_result_file_is_named(clone, capsys):
     assert "bad.json" in fails(capsys, "--page", "--recipes", recipe_of(clone).parent)
 
 
+def cell(method: str, accuracy: float, std: float, validation: float | None = None, **options) -> dict:
+    """A result row at 5 % and 10 epochs unless `options` say otherwise."""
+    row = {"method": method, "asked": 0.05, "options": {"epochs": 10} | options,
+           "test_accuracy": [accuracy - std, accuracy, accuracy + std],
+           "test_accuracy_mean": accuracy, "test_accuracy_std": std}  # fmt: skip
+    return row if validation is None else row | {"val_accuracy_mean": validation}
+
+
+def test_ours_stands_beside_the_rivals_of_its_density_and_epochs():
+    ours = [
+        cell("AdaBreg 5 %", 0.97, 0.01, 0.9),
+        cell("AdaBreg 5 %, multilevel", 0.96, 0.01, 0.95, optimizer="adabreg"),
+        cell("AdaBreg 5 %, 30 epochs", 0.99, 0.01, 0.99, epochs=30),
+        cell("AdaBreg 5 / 6 %", 0.99, 0.01, 0.99, conv_density=0.06),
+    ]
+    rivals = [
+        cell("RigL 5 %", 0.965, 0.006, 0.99, optimizer="rigl"),
+        cell("ProxSGD 5 %", 0.9, 0.01, optimizer="proxsgd"),
+    ]
+    lines = tables.comparison([*ours, cell("Adam, dense", 0.99, 0.01, 0.99) | {"asked": None}, *rivals]).splitlines()
+    assert lines[0] == "| kept | epochs | ours | RigL | ProxSGD | ours is |"
+    mine = "| 5.00 % | 10 | AdaBreg 5 %, multilevel: 96.00 ± 1.00 % |"
+    assert lines[2:] == [f"{mine} 96.50 ± 0.60 % | 90.00 ± 1.00 % | within a std of the best |"]
+    for std, verdict in ((0.0, "0.50 points short"), (0.001, "within a std of the best")):
+        near = cell("AdaBreg 5 %", 0.96, 0.00705, 0.9)
+        assert verdict in tables.comparison([near, cell("RigL 5 %", 0.965, std, optimizer="rigl")])
+    assert "| best |" in tables.comparison([ours[0], rivals[0]])
+    assert tables.comparison(ours) == tables.comparison(rivals) == ""
+
+
 def test_a_row_has_the_lambda_that_runs_ended_with():
     row = tables.Row("sparse", {})
     assert tables.summarise(row, "s", [part(0.5, lam=0.2), part(0.5, lam=0.3)])["lam"] == [0.2, 0.3]

@@ -37,11 +37,11 @@ from .density import density as density_of
 from .init import sparse_init_
 from .models.resnet import ResNet
 from .report.architecture import draw_architectures
-from .report.curves import draw_curves
+from .report.curves import draw_curves, family
 from .report.words import percent
 from .train.files import RunError, write_atomically
 from .train.loop import Stopped, fit
-from .train.recipe import OPTIMIZERS, Recipe
+from .train.recipe import OPTIMIZERS, RIVALS, Recipe
 
 QUICK: dict[str, Any] = {"epochs": 1, "limit": 1000}
 QUICK_WARNING = "--quick: few samples, one epoch, one seed. These figures prove that the path works, and mean nothing."
@@ -741,11 +741,46 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Markdown."""
-    cells = [{name: cell(row).replace("|", r"\|") for name, cell in COLUMNS.items()} for row in rows]
-    used = [name for name in COLUMNS if any(row[name] for row in cells)]
-    lines = [used, ["---"] * len(used), *([row[name] or "—" * (name != "") for name in used] for row in cells)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Result rows in Markdown."""
+    return markdown(list(COLUMNS), [{name: cell(row) for name, cell in COLUMNS.items()} for row in rows])
+
+
+def markdown(names: Sequence[str], rows: Sequence[dict[str, str]]) -> str:
+    """A table of the columns `names` in which there is something."""
+    used = [name for name in names if any(row.get(name) for row in rows)]
+    cells = [[row.get(name, "").replace("|", r"\|") or "—" * (name != "") for name in used] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [used, ["---"] * len(used), *cells])
+
+
+def comparison(rows: Iterable[dict[str, Any]]) -> str:
+    """Ours beside the rivals at equal density and epochs, in Markdown; empty where there is no such cell.
+
+    Of several rows of ours in a cell the one with the best validation accuracy counts. std is √((s₁² + s₂²)/2) of it
+    and of the best rival.
+    """
+    cells: dict[tuple[float, int | None], list[dict[str, Any]]] = {}
+    for row in rows:
+        options = row.get("options", {})
+        if row.get("asked") and "test_accuracy_mean" in row and "conv_density" not in options:
+            cells.setdefault((row["asked"], options.get("epochs")), []).append(row)
+    names, lines = ["kept", "epochs", "ours"], []
+    for (asked, epochs), there in sorted(cells.items(), key=lambda cell: (-cell[0][0], cell[0][1] or 0)):
+        is_rival = [row["options"].get("optimizer") in (*RIVALS, "proxsgd") for row in there]
+        rivals = [row for row, other in zip(there, is_rival, strict=True) if other]
+        ours = [row for row, other in zip(there, is_rival, strict=True) if not other and "val_accuracy_mean" in row]
+        if not rivals or not ours:
+            continue
+        mine = max(ours, key=lambda row: float(row["val_accuracy_mean"]))
+        best = max(rivals, key=lambda row: float(row["test_accuracy_mean"]))
+        gap = mine["test_accuracy_mean"] - best["test_accuracy_mean"]
+        std = math.sqrt((mine["test_accuracy_std"] ** 2 + best["test_accuracy_std"] ** 2) / 2)
+        near_best = "within a std of the best" if gap >= -std else f"{-100 * gap:.2f} points short"
+        line = {"kept": percent(asked), "epochs": str(epochs or ""), "ours is": "best" if gap >= 0 else near_best}
+        line["ours"] = f"{mine['method']}: {spread(mine, 'test_accuracy')}"
+        line |= {family(row["method"]): spread(row, "test_accuracy") for row in rivals}
+        names += [name for name in map(family, (row["method"] for row in rivals)) if name not in names]
+        lines.append(line)
+    return markdown([*names, "ours is"], lines) if lines else ""
 
 
 def headline(experiment: Experiment) -> Row | None:
@@ -805,6 +840,11 @@ def results_page(
         ]  # fmt: skip
         lines.append(table([*done, *todo]))
         lines += _other_notes(done)
+        if beside := comparison(done):
+            lines += [
+                "At equal density and epochs, test accuracy; of ours the row that is best on validation data:",
+                beside,
+            ]
         notes = [f"* {row.method}: {row.published['note']}" for row in experiment.rows if row.published.get("note")]
         if notes:
             lines.append("\n".join(notes))
