@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import torch_bregman as tb
+from torch_bregman.reproduce import describe_machine
 from torch_bregman.train import Recipe, fit
 
 HERE = Path(__file__).parent
@@ -53,12 +49,7 @@ def main() -> None:
             "recipe": {**TASKS[name], "all else": "defaults of torch-bregman train"},
             "command": f"python experiments/multilevel.py --data-root DIR --only {name} --seeds "
             + " ".join(map(str, options.seeds)),
-            "environment": {
-                "torch-bregman": tb.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            },
+            "environment": describe_machine(),
             "seeds": options.seeds,
             "rows": rows,
         }

@@ -12,17 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import torch_bregman as tb
+from torch_bregman.reproduce import describe_machine
 from torch_bregman.train import Recipe, fit
 
 HERE = Path(__file__).parent
@@ -60,12 +56,7 @@ def main() -> None:
     content = {
         "recipe": {"dataset": "mnist", "epochs": 15, "density": 0.05, "all else": "defaults of torch-bregman train"},
         "command": "python experiments/multilevel_rule.py --data-root DIR",
-        "environment": {
-            "torch-bregman": tb.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        },
+        "environment": describe_machine(),
         "seeds": options.seeds,
         "rows": rows,
     }
