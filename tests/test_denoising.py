@@ -76,3 +76,15 @@ def test_pixels_are_not_negative_and_arrays_may_be(name):
     assert images.shape == (50, 2, 4, 3)
     assert images.min() == 0 < images.max()
     assert build(name, (9,), 10)(torch.randn(50, 9)).min() < 0
+
+
+@pytest.mark.parametrize("model", ["autoencoder", "skipencoder"])
+def test_images_with_negative_values_are_refused(tmp_path, model):
+    x = np.random.default_rng(0).uniform(-1, 1, (40, 1, 4, 4)).astype(np.float32)
+    path = tmp_path / "signed.npz"
+    np.savez(path, x=x, y=np.arange(40) % 2)
+    recipe = Recipe(dataset=str(path), model=model, optimizer="adam", epochs=1).check()
+    with pytest.raises(ValueError, match=rf"'{model}' gives pixels.*go down to -0\.\d+.*pixels in \[0, 1\]"):
+        fit(recipe, tmp_path / "run", quiet=True)
+    np.savez(path, x=x.reshape(40, 16), y=np.arange(40) % 2)
+    assert "test_loss" in fit(recipe, tmp_path / "array", quiet=True)

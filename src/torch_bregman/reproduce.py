@@ -842,7 +842,8 @@ def results_page(
         lines += _other_notes(done)
         if beside := comparison(done):
             lines += [
-                "At equal density and epochs, test accuracy; of ours the row that is best on validation data:",
+                "At equal density and epochs, test accuracy; of ours the row that is best on validation data; "
+                "*a std* is that of both, √((s₁² + s₂²)/2):",
                 beside,
             ]
         notes = [f"* {row.method}: {row.published['note']}" for row in experiment.rows if row.published.get("note")]

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from ..data import Dataset
 from ..layers import weight_layers
-from .recipe import Recipe
+from .recipe import DENOISERS, Recipe
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,19 @@ class Denoising:
 
     @classmethod
     def of(cls, model: nn.Module, data: Dataset, recipe: Recipe) -> Denoising | None:
-        """Of a `model` that says `task = "denoise"`; None for all others."""
-        return cls(data, recipe.noise) if denoises(model) else None
+        """Of a `model` that says `task = "denoise"`; None for all others.
+
+        Raises ValueError where a built-in one, which ends in a ReLU, would have to give negative pixels.
+        """
+        if not denoises(model):
+            return None
+        low = float(data.raw(data.train.x).min())
+        if recipe.model in DENOISERS and len(data.shape) == 3 and low < -1e-5:  # rounding is less
+            raise ValueError(
+                f"Model {recipe.model!r} gives pixels, of 0 or more; the images of {data.name!r} go down to {low:.3g}. "
+                "Expected pixels in [0, 1]."
+            )
+        return cls(data, recipe.noise)
 
     def noisy(self, x: Tensor, generator: Generator) -> Tensor:
         """What goes in: `x` and fresh noise."""
