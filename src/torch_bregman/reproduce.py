@@ -765,9 +765,8 @@ def comparison(rows: Iterable[dict[str, Any]]) -> str:
             cells.setdefault((row["asked"], options.get("epochs")), []).append(row)
     names, lines = ["kept", "epochs", "ours"], []
     for (asked, epochs), there in sorted(cells.items(), key=lambda cell: (-cell[0][0], cell[0][1] or 0)):
-        is_rival = [row["options"].get("optimizer") in (*RIVALS, "proxsgd") for row in there]
-        rivals = [row for row, other in zip(there, is_rival, strict=True) if other]
-        ours = [row for row, other in zip(there, is_rival, strict=True) if not other and "val_accuracy_mean" in row]
+        rivals = [row for row in there if row["options"].get("optimizer") in (*RIVALS, "proxsgd")]
+        ours = [row for row in there if row not in rivals and "val_accuracy_mean" in row]
         if not rivals or not ours:
             continue
         mine = max(ours, key=lambda row: float(row["val_accuracy_mean"]))

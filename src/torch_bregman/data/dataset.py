@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,11 +52,13 @@ class Dataset:
             self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
         )
 
-    def scale(self, like: Tensor) -> Tensor:
-        """`std` on the device of `like`, in a shape that multiplies a batch of samples."""
-        return torch.tensor(self.std, device=like.device).view(-1, *[1] * (len(self.shape) - 1))
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """`mean` and `std` beside the data, in a shape that fits a batch of samples; made once, not per batch."""
+        shape, device = (-1, *[1] * (len(self.shape) - 1)), self.train.x.device
+        return torch.tensor(self.mean, device=device).view(shape), torch.tensor(self.std, device=device).view(shape)
 
     def raw(self, x: Tensor) -> Tensor:
         """The samples `x` as they were before normalisation: images as pixels in [0, 1]."""
-        mean = torch.tensor(self.mean, device=x.device).view(-1, *[1] * (len(self.shape) - 1))
-        return x * self.scale(x) + mean
+        mean, std = self.moments
+        return x * std + mean

@@ -30,7 +30,7 @@ class Denoising:
         """
         if not denoises(model):
             return None
-        low = float(data.raw(data.train.x).min())
+        low = float(data.raw(data.train.x.amin(0, keepdim=True)).min())  # of one sample, not a copy of them all
         if recipe.model in DENOISERS and len(data.shape) == 3 and low < -1e-5:  # rounding is less
             raise ValueError(
                 f"Model {recipe.model!r} gives pixels, of 0 or more; the images of {data.name!r} go down to {low:.3g}. "
@@ -41,7 +41,8 @@ class Denoising:
     def noisy(self, x: Tensor, generator: Generator) -> Tensor:
         """What goes in: `x` and fresh noise."""
         noise = torch.randn(x.shape, device=x.device, generator=generator)
-        return x + self.noise / self.data.scale(x) * noise
+        _, std = self.data.moments
+        return x + self.noise / std * noise
 
     def clean(self, x: Tensor) -> Tensor:
         """What should come out."""
