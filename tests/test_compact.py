@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_bregman.models.resnet import ResNet
-from torch_bregman.restriction.compact import Compact
+from torch_bregman.restriction.compact import Compact, convolve
 from torch_bregman.restriction.graph import Graph, Untraceable
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -584,3 +584,22 @@ def test_training_in_the_small_network_and_back(name: str) -> None:
     for (key, got), wanted in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
     agree(Compact(graph, graph.cut(alive)), x)
+
+
+# ---- what oneDNN gets wrong
+
+
+@pytest.mark.parametrize("channels", [2, 4, 7, 12])
+def test_strided_convolutions_of_few_channels_on_channels_last_images(channels: int) -> None:
+    last = torch.channels_last
+    layer = nn.Conv2d(channels, 8, 1, stride=2, dtype=torch.float32).to(memory_format=last)
+    images = torch.randn(32, channels, 15, 16, dtype=torch.float32)
+    exact, grad = copy.deepcopy(layer).double(), torch.randn(32, 8, 8, 8, dtype=torch.float32)
+    outputs = []
+    for module, x in ((layer, images.contiguous(memory_format=last)), (exact, images.double())):
+        x.requires_grad_()
+        y = convolve(module, x, module.weight, module.bias)
+        y.backward(grad.to(y.dtype))
+        outputs.append([y.detach(), x.grad, module.weight.grad, module.bias.grad])
+    for got, wanted in zip(*outputs, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)

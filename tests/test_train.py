@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import torch_bregman as tb
 from torch_bregman.models import MODELS, build
+from torch_bregman.models.resnet import ResNet
 from torch_bregman.train import Recipe, fit
 from torch_bregman.train.files import RunError, latest_checkpoint, load_checkpoint, previous, save_checkpoint
 from torch_bregman.train.loop import Stopped
@@ -102,6 +103,15 @@ def test_linear_and_conv_weights_with_densities_of_their_own(tmp_path, options):
     assert conv.count_nonzero() / conv.numel() == pytest.approx(0.1, rel=0.02)
     assert end["asked_density"] == pytest.approx((0.03 * (size - len(conv)) + 0.1 * len(conv)) / size)
     assert rows_of(tmp_path)[-2]["l1_norm"] == pytest.approx(sum(w.abs().sum().item() for w in weights.values()))
+
+
+def test_a_network_for_which_channels_last_is_not_safe(tmp_path, monkeypatch):
+    """Shortcuts of four channels: a crash of oneDNN on machines with AVX2 (its issue 6035)."""
+    monkeypatch.setitem(MODELS, "narrow", lambda shape, classes: ResNet(shape[0], classes, width=4))
+    recipe = Recipe(dataset="digits", model="narrow", optimizer="adam", epochs=3, limit=512).check()
+    fit(recipe, tmp_path, quiet=True)
+    _, first, *_, last, _ = rows_of(tmp_path)
+    assert last["train_loss"] < 0.9 * first["train_loss"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compact import Compact, _shallow
+from .compact import Compact, _shallow, convolve
 from .graph import Cut, Graph, constant_image, padded
 from .layers import Chain, Live, Watch
 from .support import Support
@@ -43,7 +43,7 @@ class _Narrow:
                 bias = shift if bias is None else bias + shift
         if there.dim() == 2:
             return F.linear(x, there, bias)
-        y = self._conv_forward(x, there, bias)
+        y = convolve(self, x, there, bias)
         return y if border is None else y + border
 
 

@@ -34,6 +34,7 @@ from ..models.skip import skips
 from ..multilevel import Multilevel
 from ..report import weight_pattern
 from ..report.words import near
+from ..restriction.compact import is_miscomputed
 from ..rivals import Lasso, Rival, training_flops
 from .denoising import Denoising, denoises, start_at_mean
 from .display import Display
@@ -97,7 +98,9 @@ def fit(
         start_at_mean(model, denoising.clean(data.train.x))
     model.to(device)
     layout: dict[str, Any] = {}
-    if ranks.strategy != "fsdp" and any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    unsafe = device.type == "cpu" and any(is_miscomputed(module, module.weight) for module in convolutions)
+    if convolutions and ranks.strategy != "fsdp" and not unsafe:
         layout = {"memory_format": torch.channels_last}
         model.to(**layout)
     if device.type == "cpu":
