@@ -321,11 +321,12 @@ def test_the_recipes_of_the_clone_are_good():
     found = read_experiments(tables.find_recipes(None))
     assert {
         "mnist-mlp", "fashion-convnet-l1", "fashion-convnet-groups", "sparse-init", "cifar-resnet18",
-        "mnist-autoencoder", "architecture-search",
+        "cifar-resnet18-table3", "cifar-narrow-resnet", "mnist-autoencoder", "architecture-search",
     } <= set(found)  # fmt: skip
     for experiment in found.values():
         assert [row.method for row in experiment.rows if row.unknown] == []
-    assert all(row.options["device"] == "cuda" for row in found["cifar-resnet18"].rows)
+    for name in ("cifar-resnet18", "cifar-resnet18-table3"):
+        assert all((row.options["device"], row.options["precision"]) == ("cuda", "bf16") for row in found[name].rows)
     options = {row.method: row.options for row in found["mnist-mlp"].rows}
     assert options["LinBreg, λ 1e-2"]["lr"] == 0.1  # as published
     momentum = options["LinBreg with momentum, λ 1e-1"]
@@ -484,6 +485,21 @@ def test_a_row_has_the_lambda_that_runs_ended_with():
     row = tables.Row("sparse", {})
     assert tables.summarise(row, "s", [part(0.5, lam=0.2), part(0.5, lam=0.3)])["lam"] == [0.2, 0.3]
     assert "lam" not in tables.summarise(row, "s", [part(0.5, lam=None)])
+
+
+def test_what_must_be_said_of_the_data_stands_beside_the_figures(clone):
+    note = "20 of the 10,000 test images are approximate."
+    experiment = read_experiment(recipe_of(clone))
+    rows = [tables.summarise(row, "s", [part(0.5, note=note)]) for row in experiment.rows[:2]]
+    assert note in tables.describe(rows[0])
+    assert tables.results_page({"tiny": experiment}, {"tiny": {"rows": rows}}).count(note) == 1
+    assert "note" not in tables.summarise(experiment.rows[0], "s", [part(0.5, note="")])
+
+
+@pytest.mark.gpu
+def test_the_peak_memory_of_a_run_on_a_gpu_is_that_of_the_gpu():
+    kept = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    assert tables.peak_memory(Recipe(device="cuda")) >= kept.nbytes
 
 
 # ---------------------------------------------------------------------- what emerges: SSIM, widths, skips

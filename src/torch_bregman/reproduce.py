@@ -40,7 +40,7 @@ from .report.architecture import draw_architectures
 from .report.curves import draw_curves, family
 from .report.words import percent
 from .train.files import RunError, write_atomically
-from .train.loop import Stopped, fit
+from .train.loop import Stopped, fit, pick_device
 from .train.recipe import OPTIMIZERS, RIVALS, Recipe
 
 QUICK: dict[str, Any] = {"epochs": 1, "limit": 1000}
@@ -60,7 +60,10 @@ SPARSE_FLOPS = (
     "2 · all where it needs the gradient of all weights: every step of LinBreg, AdaBreg and ProxSGD, the fine steps of "
     "multilevel training, the steps at which RigL grows."
 )
-MEMORY = "the largest resident set of the process that trained (ru_maxrss), with Python, torch and the data in it."
+MEMORY = (
+    "the largest resident set of the process that trained (ru_maxrss), with Python, torch and the data in it; on a GPU "
+    "the most that torch had allocated there."
+)
 MADE = ("seeds", "command", "environment")  # how a row was made
 LABELS = ("method", "move", "rule")  # what the rows of result files are called by
 
@@ -484,7 +487,7 @@ def _child(root: str, runs: Sequence[str]) -> None:
         epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
         result: dict[str, Any] = {
             "end": end,
-            "memory": peak_memory() if len(runs) == 1 else None,
+            "memory": peak_memory(recipe) if len(runs) == 1 else None,
             "threads": torch.get_num_threads(),
         }
         result["curve"] = {
@@ -501,8 +504,11 @@ def _child(root: str, runs: Sequence[str]) -> None:
                 path.unlink()
 
 
-def peak_memory() -> int | None:
+def peak_memory(recipe: Recipe) -> int | None:
     """`MEMORY` in bytes; None where the system does not say."""
+    device = pick_device(recipe.device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
@@ -534,6 +540,8 @@ def summarise(row: Row, source: str, parts: Sequence[dict[str, Any]]) -> dict[st
         if key in ends[0]:
             result[key] = [end[key] for end in ends]
     result["peak_memory"] = [part["memory"] for part in parts]
+    if ends[0].get("note"):
+        result["note"] = ends[0]["note"]
     result["published"] = published(row, source)
     curves = [part["curve"] for part in parts]
     result["curve"] = {
@@ -737,6 +745,7 @@ def describe(row: dict[str, Any]) -> str:
     if cells["published"] and told:
         cells["published"] += f" ({told})"
     label = cells.pop("method")
+    cells[""] = row.get("note", cells[""])
     return f"  {label}: " + "; ".join(f"{name} {text}".strip() for name, text in cells.items() if text)
 
 
@@ -845,6 +854,7 @@ def results_page(
                 "*a std* is that of both, √((s₁² + s₂²)/2):",
                 beside,
             ]
+        lines += dict.fromkeys(row["note"] for row in done if row.get("note"))  # on the data
         notes = [f"* {row.method}: {row.published['note']}" for row in experiment.rows if row.published.get("note")]
         if notes:
             lines.append("\n".join(notes))
