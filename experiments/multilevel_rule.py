@@ -2,17 +2,15 @@
 
 15 epochs, otherwise the defaults of `torch-bregman train`. Test data are not looked at by this script.
 
-    python experiments/multilevel_rule.py --data-root DIR [--seeds 0 1 2] [--rows REGEX]
+    python experiments/multilevel_rule.py --data-root DIR [--seeds 0 1 2]
 
-Writes experiments/results/multilevel-rule.json and prints mean ± std (of the sample) per rule. With --rows the others
-stay as they are in that file.
+Writes experiments/results/multilevel-rule.json and prints mean ± std (of the sample) per rule.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -43,16 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, help="a folder that holds mnist/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", default="", help="a regular expression for the names of the rules to run")
     options = parser.parse_args()
     path = HERE / "results" / "multilevel-rule.json"
-    before = {row["rule"]: row for row in json.loads(path.read_text())["rows"]} if options.rows else {}
-    rows = [
-        before[label]
-        if label in before and not re.search(options.rows, label)
-        else row(label, choice, options.seeds, options.data_root)
-        for label, choice in RULES
-    ]
+    rows = [row(label, choice, options.seeds, options.data_root) for label, choice in RULES]
     content = {
         "recipe": {"dataset": "mnist", "epochs": 15, "density": 0.05, "all else": "defaults of torch-bregman train"},
         "command": "python experiments/multilevel_rule.py --data-root DIR",

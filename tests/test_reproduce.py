@@ -422,7 +422,7 @@ def test_the_list_shows_published_and_ours(clone, fake, capsys):
 
 def test_the_page_is_made_of_the_result_files(clone, capsys):
     """Those of the repository, older ones with fewer keys among them."""
-    names = ("digits", "lambda_moves", "multilevel-rule", "multilevel-mnist-mlp", "sparse-init")
+    names = ("lambda_moves", "multilevel", "multilevel-rule", "sparse-init")
     results = clone / "experiments" / "results"
     results.mkdir()
     for name in names:
@@ -431,18 +431,18 @@ def test_the_page_is_made_of_the_result_files(clone, capsys):
     works(*arguments)
     page = (clone / "docs" / "results.md").read_text()
     assert all(f"## {name}\n" in page for name in names)
-    assert "| AdaBreg 5 % | 5.00 % | 5.00 %, 5.08 % | 96.94 ± 0.74 % |" in page
     assert "| rescale | 5.00 % | 9.77 %, 6.13 %, 13.39 % | 97.31 ± 0.27 % |" in page
     assert "| 56 coarse, 8 fine | 98.25 ± 0.26 % | 12.5% |" in page
-    row = json.loads((results / "multilevel-mnist-mlp.json").read_text())["rows"][1]
+    row = json.loads((results / "multilevel.json").read_text())["rows"][1]
     assert f"({sum(row['flops']) / sum(row['dense_flops']):.0%})" in page
     works(*arguments)
     assert (clone / "docs" / "results.md").read_text() == page
-    content = json.loads((results / "digits.json").read_text())
-    content["rows"][0]["method"] = "renamed"
-    (results / "digits.json").write_text(json.dumps(content))
+    content = json.loads((results / "lambda_moves.json").read_text())
+    for row in content["rows"]:
+        row["move"] = row["move"].replace("rescale", "renamed")
+    (results / "lambda_moves.json").write_text(json.dumps(content))
     works(*arguments)
-    assert (clone / "docs" / "results.md").read_text() == page.replace("AdaBreg 5 %", "renamed")
+    assert (clone / "docs" / "results.md").read_text() == page.replace("rescale", "renamed")
 
 
 def test_a_damaged_result_file_is_named(clone, capsys):
