@@ -420,6 +420,13 @@ def test_the_list_shows_published_and_ours(clone, fake, capsys):
     assert line == ["tiny", "MLP on digits", "sparse: 97.00 % at 11.00 %", "91.00 ± 1.00 % at 10.00 %"]
 
 
+def test_names_in_the_list_can_be_copied(clone, capsys):
+    name = "a-name-of-some-length-that-a-narrow-terminal-would-cut"
+    recipe_of(clone).rename(recipe_of(clone).with_stem(name))
+    works("--recipes", str(recipe_of(clone).parent))
+    assert name in capsys.readouterr().out
+
+
 def test_the_page_is_made_of_the_result_files(clone, capsys):
     """Those of the repository, older ones with fewer keys among them."""
     names = ("lambda_moves", "multilevel", "multilevel-rule", "sparse-init")

@@ -16,7 +16,7 @@ try:
     import cyclopts
     from cyclopts import App, Parameter
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 except ImportError:
     sys.exit("The command line needs its extra: pip install 'torch-bregman[train]'.")
@@ -400,7 +400,8 @@ def reproduce(
 
 def listing(rows: list[list[str]]) -> Table:
     """What can be reproduced, as a table of the terminal."""
-    table = Table("name", "task", "published", "ours", box=None, pad_edge=False)
+    whole = max((len(name) for name, *_ in rows), default=0)  # a name is there to be copied
+    table = Table(Column("name", min_width=whole), "task", "published", "ours", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
