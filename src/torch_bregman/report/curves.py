@@ -71,6 +71,7 @@ def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
         shares = [100 * statistics.mean(row["kept"]) for _, row in scored]
         axes.set_xlim(min(shares) / 1.6, max(shares) * 1.6)  # all may have kept the same
         _cut_below(axes, [(family(row["method"]), 100 * row["test_accuracy_mean"]) for _, row in scored])
+        axes.set_ylim(top=max(100 * (row["test_accuracy_mean"] + row["test_accuracy_std"]) for _, row in scored) + 0.5)
     for axes, (key, title, scale) in zip(places, panels, strict=False):
         for i, values in curves[key]:
             axes.plot(range(over_layers, over_layers + len(values)), [scale * v for v in values], lw=1.3, **look(i))
