@@ -70,8 +70,13 @@ def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
         _plain_log(axes.set_xscale, axes.xaxis)
         shares = [100 * statistics.mean(row["kept"]) for _, row in scored]
         axes.set_xlim(min(shares) / 1.6, max(shares) * 1.6)  # all may have kept the same
-        _cut_below(axes, [(family(row["method"]), 100 * row["test_accuracy_mean"]) for _, row in scored])
-        axes.set_ylim(top=max(100 * (row["test_accuracy_mean"] + row["test_accuracy_std"]) for _, row in scored) + 0.5)
+        _cut_below(
+            axes,
+            [
+                (family(row["method"]), 100 * row["test_accuracy_mean"], 100 * row["test_accuracy_std"])
+                for _, row in scored
+            ],
+        )
     for axes, (key, title, scale) in zip(places, panels, strict=False):
         for i, values in curves[key]:
             axes.plot(range(over_layers, over_layers + len(values)), [scale * v for v in values], lw=1.3, **look(i))
@@ -79,7 +84,7 @@ def draw_curves(figure: Figure, rows: list[dict[str, Any]]) -> bool:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(title)
         if key == "val_accuracy":
-            _cut_below(axes, [(family(rows[i]["method"]), scale * values[-1]) for i, values in curves[key]])
+            _cut_below(axes, [(family(rows[i]["method"]), scale * values[-1], 0.0) for i, values in curves[key]])
         elif over_layers:
             axes.set_yscale("log")
         else:
@@ -103,12 +108,12 @@ def _plain_log(set_scale: Callable[[str], None], axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _cut_below(axes: Any, last: list[tuple[str, float]]) -> None:
-    """Limits of the (method, accuracy in %) in `last`: those far below would press the others together.
+def _cut_below(axes: Any, last: list[tuple[str, float, float]]) -> None:
+    """Limits of the (method, accuracy, std) in %: those far below would press the others together.
 
     All start at chance. The best of each method is always to be seen.
     """
-    values = [value for _, value in last]
-    best = dict(sorted(last, key=lambda pair: pair[1]))
+    values = [value for _, value, _ in last]
+    best = {method: value for method, value, _ in sorted(last, key=lambda entry: entry[1])}
     high, low = max(values), min(max(min(values), max(values) - 5.0), *best.values())
-    axes.set_ylim(max(0.0, low - max(1.0, 0.3 * (high - low))), high + 0.5)
+    axes.set_ylim(max(0.0, low - max(1.0, 0.3 * (high - low))), max(value + std for _, value, std in last) + 0.5)

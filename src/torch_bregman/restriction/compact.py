@@ -64,20 +64,22 @@ def take(full: Tensor, index: tuple[Tensor | None, ...]) -> Tensor:
 
 def convolve(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What the convolution `module` makes of `x` with another weight and bias."""
-    if x.device.type == "cpu" and is_miscomputed(module, weight):
+    if is_miscomputed(module, weight):
         down, right = module.stride
         return F.conv2d(x[..., ::down, ::right], weight, bias, groups=module.groups)
     return module._conv_forward(x, weight, bias)
 
 
 def is_miscomputed(module: nn.Module, weight: Tensor) -> bool:
-    """Whether oneDNN may get the gradient of this weight wrong, or crash, on channels-last images.
+    """Whether oneDNN, on the CPU, may get the gradient of this weight wrong, or crash, on channels-last images.
 
     Of a strided 1×1 convolution of fewer channels than a vector register takes (16 float32) it writes past its
     workspace (its issue 6035). Networks become that narrow here: the shortcuts of a ResNet with few live filters.
     """
-    narrow = weight.dim() == 4 and weight.shape[1] < 16 and weight.shape[2:] == (1, 1)
-    return narrow and isinstance(module, nn.Conv2d) and module.stride != (1, 1) and module.padding in ((0, 0), "valid")
+    if not isinstance(module, nn.Conv2d) or weight.device.type != "cpu":
+        return False
+    strided = module.stride != (1, 1) and module.padding in ((0, 0), "valid")
+    return strided and weight.shape[1] < 16 and weight.shape[2:] == (1, 1)
 
 
 class _Rows:

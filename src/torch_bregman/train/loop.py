@@ -99,8 +99,8 @@ def fit(
     model.to(device)
     layout: dict[str, Any] = {}
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    unsafe = device.type == "cpu" and any(is_miscomputed(module, module.weight) for module in convolutions)
-    if convolutions and ranks.strategy != "fsdp" and not unsafe:
+    safe = not any(is_miscomputed(module, module.weight) for module in convolutions)
+    if convolutions and safe and ranks.strategy != "fsdp":
         layout = {"memory_format": torch.channels_last}
         model.to(**layout)
     if device.type == "cpu":
