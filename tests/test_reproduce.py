@@ -101,7 +101,7 @@ def fake(monkeypatch):
             self.ran: list[str] = []
             self.stop_at = 10**6
 
-        def __call__(self, runs, data_root):
+        def __call__(self, runs, data_root, started=None):
             for run in runs:
                 if len(self.ran) == self.stop_at:
                     raise KeyboardInterrupt
@@ -507,6 +507,62 @@ def test_what_must_be_said_of_the_data_stands_beside_the_figures(clone):
 def test_the_peak_memory_of_a_run_on_a_gpu_is_that_of_the_gpu():
     kept = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     assert tables.peak_memory(Recipe(device="cuda")) >= kept.nbytes
+
+
+@pytest.mark.parametrize("jobs", [0, -1, True, 1.5, "two"])
+def test_bad_numbers_of_jobs(clone, jobs):
+    with pytest.raises(ValueError, match=rf"`jobs`: {jobs!r}; expected a whole number of at least 1"):
+        tables.reproduce(read_experiment(recipe_of(clone)), clone / "out", jobs=jobs)
+
+
+def test_several_runs_at_a_time(clone, monkeypatch):
+    experiment, out = read_experiment(recipe_of(clone)), clone / "out"
+    now, most, lock = [0], [0], threading.Lock()
+
+    def run(runs, data_root, started):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.2)
+        with lock:
+            now[0] -= 1
+        seed = Recipe.read(runs[0] / "recipe.toml").seed
+        (runs[0] / "result.json").write_text(json.dumps(part(0.9 + seed / 100)))
+
+    monkeypatch.setattr(tables, "_run_in_process", run)
+    content = tables.reproduce(experiment, out, seeds=(0, 1), jobs=3, say=lambda text: None)
+    assert most[0] == 3
+    assert [row["test_accuracy"] for row in content["rows"]] == [[0.9, 0.91]] * 2
+    assert content["environment"]["runs at a time"] == 3
+    assert "runs at a time 3" in tables.results_page({"tiny": experiment}, {"tiny": content})
+
+
+@pytest.mark.parametrize("how", ["an error", "Ctrl-C"])
+def test_when_one_of_several_runs_fails_the_others_save_their_state(clone, how, monkeypatch):
+    """One child fails at once or Ctrl-C comes; the other, a real one, trains for long and is told to stop."""
+    out = clone / "out"
+    (clone / "experiments" / "recipes" / "long.toml").write_text(
+        'title = "l"\ntask = "t"\nsource = "s"\n[shared]\ndataset = "digits"\nepochs = 100000\n'
+        '[[rows]]\nmethod = "good"\n[[rows]]\nmethod = "bad"\n'
+    )
+    experiment = read_experiment(clone / "experiments" / "recipes" / "long.toml")
+    original = tables._run_in_process
+
+    def run(runs, data_root, started):
+        if runs[0].name.startswith("good"):
+            return original(runs, data_root, started)
+        good = next(path for path in runs[0].parent.iterdir() if path.name.startswith("good"))
+        metrics = good / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            time.sleep(0.05)
+        raise RunError("it broke") if how == "an error" else KeyboardInterrupt
+
+    monkeypatch.setattr(tables, "_run_in_process", run)
+    wanted = pytest.raises(RunError, match=r"row 'bad'.*it broke") if how == "an error" else pytest.raises(Stopped)
+    with wanted:
+        tables.reproduce(experiment, out, seeds=(0,), jobs=2, say=lambda text: None)
+    good = next(path for path in (out / ".reproduce" / "long").iterdir() if path.name.startswith("good"))
+    assert (good / "checkpoint.pt").exists()
 
 
 # ---------------------------------------------------------------------- what emerges: SSIM, widths, skips

@@ -436,6 +436,7 @@ def test_the_recipe_is_the_run(tmp_path):
         (["digits", "--conv-density", "0.1", "--optimizer", "gmp"], r"`conv_density`: 0.1; gmp has one density"),
         (["digits", "--multilevel", "--optimizer", "adam"], r"`multilevel`: True; adam has no dual"),
         (["digits", "--multilevel", "--coarse-steps", "-1"], r"`coarse_steps`: -1"),
+        (["digits", "--multilevel", "--cuda-graphs"], r"`cuda_graphs`: True; multilevel training exchanges"),
         (["mnst"], r"mnst.*mnist"),
         (["nothere.npz"], r"nothere.npz"),
         (["digits", "--densty", "0.1"], r"Did you mean --density"),

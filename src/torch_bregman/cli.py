@@ -318,6 +318,7 @@ def reproduce(
     all: bool = False,
     rows: str = "",
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="")] = (0, 1, 2),
+    jobs: int = 1,
     quick: bool = False,
     plots: bool = False,
     page: bool = False,
@@ -346,6 +347,9 @@ def reproduce(
         A regular expression: only the rows in whose method it is found are run.
     seeds
         One run per row and seed.
+    jobs
+        So many runs at a time: as many as there are cores where each takes one, or as the memory of a GPU holds. They
+        slow each other, and the seconds of the table with them.
     quick
         Few samples, one epoch, the first seed. Written only where --out says, and never over real results.
     plots
@@ -377,7 +381,7 @@ def reproduce(
     if quick:
         console.print(tables.QUICK_WARNING, style="bold red", soft_wrap=True)
     command = "torch-bregman reproduce {}" + (f" --rows {shlex.quote(rows)}" if rows else "")
-    command += f" --seeds {' '.join(map(str, seeds))}" + " --quick" * quick
+    command += f" --seeds {' '.join(map(str, seeds))}" + f" --jobs {jobs}" * (jobs > 1) + " --quick" * quick
     for chosen in [] if page else [name] if name is not None else experiments:
         experiment = experiments[chosen]
         if all and not quick and (device := experiment.missing_device()) is not None:
@@ -385,7 +389,7 @@ def reproduce(
             continue
         try:
             tables.reproduce(
-                experiment, results, seeds=seeds, only=rows, quick=quick, data_root=data_root,
+                experiment, results, seeds=seeds, only=rows, jobs=jobs, quick=quick, data_root=data_root,
                 command=command.replace("{}", chosen, 1) + " --data-root DIR" * (data_root is not None),
                 say=lambda text: print(text, flush=True),
             )  # fmt: skip

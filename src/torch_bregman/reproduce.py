@@ -19,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -230,12 +232,15 @@ def reproduce(
     quick: bool = False,
     data_root: Path | None = None,
     command: str = "",
+    jobs: int = 1,
     say: Say = print,
 ) -> dict[str, Any]:
     """Run every row of `experiment` over the `seeds` and write OUT/NAME.json; returns what is in it.
 
     With `only`, a regular expression, just the rows in whose method it is found; the others stay in the file as they
     are, and a row that was made elsewhere carries its own seeds, command and environment.
+
+    `jobs` runs train at a time, each in a process of its own; the seconds of a run are then those beside the others.
 
     Runs that have ended are kept in OUT/.reproduce until all have, and are not run again by the next call with the same
     options, version and machine; one that was stopped goes on from its checkpoint. With `quick`: one seed, the options
@@ -247,6 +252,8 @@ def reproduce(
         Stopped: after Ctrl-C; what has been done so far is kept.
     """
     seeds = check_seeds(seeds)
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise ValueError(f"Invalid `jobs`: {jobs!r}; expected a whole number of at least 1.")
     if quick:
         seeds = seeds[:1]
         refuse_to_overwrite(experiment, out)
@@ -279,7 +286,7 @@ def reproduce(
     else:
         assert out is not None
         state = _state_folder(out, experiment.name)
-        results = _train(experiment, rows, seeds, state, data_root, environment, say)
+        results = _train(experiment, rows, seeds, state, data_root, environment, say, jobs=jobs)
     content: dict[str, Any] = {
         "recipe": {"name": experiment.name, "title": experiment.title, "task": experiment.task,
                    "source": experiment.source, "shared": experiment.shared, "all else": "defaults of torch-bregman"},
@@ -377,9 +384,9 @@ def _make_folder(path: Path) -> None:
 
 def _train(
     experiment: Experiment, rows: Sequence[Row], seeds: Sequence[int], state: Path, data_root: Path | None,
-    environment: dict[str, Any], say: Say, *, quick: bool = False,
+    environment: dict[str, Any], say: Say, *, quick: bool = False, jobs: int = 1,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The result rows. Adds the number of threads to `environment`."""
+    """The result rows. Adds the numbers of threads and of runs at a time to `environment`."""
     runs: dict[str, list[Path]] = {}
     for row in rows:
         for seed in seeds:
@@ -393,28 +400,53 @@ def _train(
             run.mkdir(exist_ok=True)
             recipe.write(run / "recipe.toml")
             runs.setdefault(row.method, []).append(run)
+    if jobs > 1:  # which says how to read the seconds
+        environment["runs at a time"] = jobs
     done = sum(_ended(run) for group in runs.values() for run in group)
     if done:
         say(f"{done} runs that had ended before an interruption are taken over from {state}.")
     if quick:  # one process for all: starting it takes longer than such a run
         _run_in_process([run for group in runs.values() for run in group], data_root)
-    results = []
-    for row in rows:
-        for run in runs[row.method]:
-            if not _ended(run):
+    started: list[subprocess.Popen[bytes]] = []
+    results: list[dict[str, Any]] = []
+
+    def report() -> None:
+        """The rows in their order, as far as all their runs have ended."""
+        for row in rows[len(results) :]:
+            if not all(map(_ended, runs[row.method])):
+                return
+            parts = [json.loads((run / "result.json").read_text()) for run in runs[row.method]]
+            environment["threads"] = sorted({*environment.get("threads", []), *(part["threads"] for part in parts)})
+            results.append(summarise(row, experiment.source, parts))
+            say(describe(results[-1]))
+
+    report()
+    with ThreadPoolExecutor(jobs) as pool:
+        ends = {
+            pool.submit(_run_in_process, [run], data_root, started): (row, run)
+            for row in rows
+            for run in runs[row.method]
+            if not _ended(run)
+        }
+        try:
+            for end in as_completed(ends):
+                row, run = ends[end]
                 try:
-                    _run_in_process([run], data_root)
+                    end.result()
                 except RunError as error:
                     raise RunError(f"{experiment.name}, row {row.method!r}, {run.name}: {error}") from None
-                except KeyboardInterrupt:
-                    raise Stopped(
-                        f"Stopped. Runs that have ended are kept in {state}, and the last one has saved its state: the "
-                        "same command goes on."
-                    ) from None
-        parts = [json.loads((run / "result.json").read_text()) for run in runs[row.method]]
-        environment["threads"] = sorted({*environment.get("threads", []), *(part["threads"] for part in parts)})
-        results.append(summarise(row, experiment.source, parts))
-        say(describe(results[-1]))
+                report()
+        except KeyboardInterrupt:
+            raise Stopped(
+                f"Stopped. Runs that have ended are kept in {state}, and what was running has saved its state: the "
+                "same command goes on."
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(end.done() for end in ends):  # after an error: the others save their state
+                for process in started:
+                    _let_stop(process)
+                time.sleep(0.05)
     return results
 
 
@@ -435,8 +467,10 @@ def _ended(run: Path) -> bool:
     return (run / "result.json").is_file()
 
 
-def _run_in_process(runs: Sequence[Path], data_root: Path | None) -> None:
-    """Train in the folders `runs`, which hold a recipe.toml each, in a fresh process.
+def _run_in_process(
+    runs: Sequence[Path], data_root: Path | None, started: list[subprocess.Popen[bytes]] | None = None
+) -> None:
+    """Train in the folders `runs`, which hold a recipe.toml each, in a fresh process, which is added to `started`.
 
     The process ends when its standard input does, so that it saves its state and stops also where this one is killed.
     It has a session of its own, so that Ctrl-C reaches it once and not twice.
@@ -450,17 +484,24 @@ def _run_in_process(runs: Sequence[Path], data_root: Path | None) -> None:
             stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
         ) as process,
     ):  # fmt: skip
+        if started is not None:
+            started.append(process)
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            assert process.stdin is not None
-            process.stdin.close()
+            _let_stop(process)
             process.wait()
             raise
     if code:
         lines = log.read_text(errors="replace").split("\n") if log.exists() else []
         said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
         raise RunError(f"The run failed with exit code {code}: {said}")
+
+
+def _let_stop(process: subprocess.Popen[bytes]) -> None:
+    """End its standard input, on which it saves its state and ends."""
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _child(root: str, runs: Sequence[str]) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..regularizers import Regularizer
+from . import gpu
 from .base import BregmanOptimizer, check_number
-from .compiled import Numbers, count_up
 from .fused import Plan
 from .linbreg import as_float
 
@@ -90,7 +90,7 @@ class AdaBreg(BregmanOptimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             state.setdefault(name, torch.zeros_like(state["dual"]))
 
-    def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
+    def _arm(self, plan: Plan | gpu.Plan, group: dict[str, Any]) -> str:
         lr, (beta1, beta2) = as_float(group["lr"]), group["betas"]
         plan.point("FIRST", plan.buffer("exp_avg"))
         plan.point("SECOND", plan.buffer("exp_avg_sq"))
@@ -100,3 +100,10 @@ class AdaBreg(BregmanOptimizer):
         root, pace = zip(*[corrections[k] for k in steps], strict=True)
         plan.set(ROOT=root, PACE=pace)
         return "ADAM"
+
+
+def count_up(states: list[dict[str, Any]]) -> list[float]:
+    """k ← k + 1 for every tensor. It lives on the CPU, so that nothing waits for the device."""
+    for state in states:
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu() + 1
+    return [state["step"].item() for state in states]

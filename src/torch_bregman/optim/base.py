@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from .. import kernels
 from ..distributed import PLAIN, Shards, is_sharded, local, sum_over_parts
 from ..regularizers import Grouped, NuclearNorm, Regularizer, broadcasts
-from . import compiled, fused
-from .compiled import dual_dtype
+from . import fused, gpu
+from .fused import dual_dtype
 
 _NO_PENALTY = "none"
 
@@ -98,6 +98,8 @@ class BregmanOptimizer(Optimizer):
             for p in self.param_groups[-1]["params"]:
                 if param_group["fused"] and p.device.type == "cpu":
                     kernels.require("`fused=True` on the CPU")
+                if param_group["fused"] and p.device.type == "cuda" and not gpu.available():
+                    raise ImportError("`fused=True` on a GPU needs Triton: pip install triton.")
                 if getattr(p, "_is_flat_param", False) and isinstance(given, Grouped | NuclearNorm):
                     raise ValueError(
                         f"Invalid `params`: FullyShardedDataParallel flattens weights, but {given!r} needs their "
@@ -146,6 +148,7 @@ class BregmanOptimizer(Optimizer):
     def _forget(self) -> None:
         """Parameters or their state may have been exchanged."""
         self._plans: dict[int, Any] = {}  # what the fused step knows about each group
+        self._gpu_plans: dict[int, Any] = {}
         self._on_shards: dict[Tensor, Regularizer | None] = {}  # J on this rank's part of each DTensor
         self._known: list[int] = []
 
@@ -194,7 +197,7 @@ class BregmanOptimizer(Optimizer):
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         if self._who(active) != self._known:
             self._start()
-            self._plans = {}
+            self._plans, self._gpu_plans = {}, {}
             self._known = self._who(active)
         for i, (group, regularizer) in enumerate(zip(self.param_groups, self.regularizers, strict=True)):
             params = active[i]
@@ -215,13 +218,17 @@ class BregmanOptimizer(Optimizer):
         return [id(x) for x in (*itertools.chain(*active), *self.state.values())]
 
     def _wants_fused(self, group: dict[str, Any], params: list[Tensor]) -> bool:
-        """What was asked for, or else one pass once the work done would have paid for compiling it.
+        """What was asked for, or else one pass: on the CPU once the work done would have paid for compiling it.
 
         The count is part of `param_groups`, so that a resumed run switches at the same step.
         """
         if group["fused"] is not None or group["foreach"] is not None:
             return bool(group["fused"])
-        if not params or params[0].device.type != "cpu" or torch.compiler.is_compiling() or not kernels.available():
+        if not params or torch.compiler.is_compiling():
+            return False
+        if params[0].device.type == "cuda":
+            return gpu.available()
+        if params[0].device.type != "cpu" or not kernels.available():
             return False
         if group["entries_updated"] >= fused.EARNED or (self.levels is not None and self.levels.sparse):
             return True
@@ -230,13 +237,13 @@ class BregmanOptimizer(Optimizer):
 
     def _fused(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
         """One pass over memory for `params` of group i. False, and nothing done, where there is none for them."""
-        if params and all(compiled.supports(p) for p in params):
-            numbers = compiled.Numbers(params, [self.state[p] for p in params])
-            if not self._elementwise(numbers, group, reg):
+        on_gpu = gpu.plan(self, i, params)
+        if on_gpu is not None:
+            if not self._elementwise(on_gpu, group, reg):
                 return False
-            grads = [self._check_gradient(p) for p in params]
-            numbers.run(self._arm(numbers, group), not self.has_dual, grads)
-            self._remember_all(numbers.states, group)
+            grads = on_gpu.gradients(self._check_gradient)
+            on_gpu.run(self._arm(on_gpu, group), not self.has_dual, grads)
+            self._remember_all(on_gpu.states, group)
             return True
         plans = fused.plans(self, i, params)
         if plans is None:
@@ -250,7 +257,7 @@ class BregmanOptimizer(Optimizer):
             self._pass(plan, self._arm(plan, group), group, reg)
         return True
 
-    def _elementwise(self, plan: fused.Plan | compiled.Numbers, group: dict[str, Any], reg: Regularizer | None) -> bool:
+    def _elementwise(self, plan: fused.Plan | gpu.Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
         """Give the plan v and the prox as numbers. False where the prox needs more than one entry at a time."""
         plan.set(DECAY=group["weight_decay"], SIGN=-1.0 if group["maximize"] else 1.0)
         plan.point("V", plan.buffer("dual"))
@@ -272,7 +279,7 @@ class BregmanOptimizer(Optimizer):
             for state in states:
                 self._remember(state, group)
 
-    def _arm(self, plan: fused.Plan | compiled.Numbers, group: dict[str, Any]) -> str:
+    def _arm(self, plan: fused.Plan | gpu.Plan, group: dict[str, Any]) -> str:
         """Give the plan the numbers and buffers of this step; the name of the rule that moves v."""
         raise NotImplementedError
 
@@ -472,6 +479,11 @@ class BregmanOptimizer(Optimizer):
             params = [p for p in group["params"] if "dual" in self.state.get(p, {})]
             known = self._plans.get(i)
             plans = fused.plans(self, i, params) if known and known[1] and len(known[0]) == len(params) else None
+            on_gpu = gpu.plan(self, i, params) if i in self._gpu_plans else None
+            if on_gpu is not None and self._elementwise(on_gpu, group, reg):
+                on_gpu.run("HOLD", primal=False)
+                self._remember_all(on_gpu.states, group)
+                continue
             if plans is not None:
                 for plan in plans:
                     self._pass(plan, "HOLD", group, reg)

@@ -37,13 +37,55 @@ def without_gaps(p: Tensor) -> bool:
     return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
 
 
-class Plan:
+def dual_dtype(p: Tensor) -> torch.dtype:
+    """The precision of v and of all that moves it: float32 or better."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+class Held:
+    """State tensors of `params`, as one pass over memory needs them."""
+
+    def __init__(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        self.params, self.states = params, states
+        self.buffers: dict[str, list[Tensor]] = {}
+        self.counts: tuple[Tensor, list[Tensor]] | None = None
+
+    def buffer(self, name: str) -> list[Tensor]:
+        """The state `name` of every parameter, laid out as the parameter is; zeros where there is none yet."""
+        found: list[Any] = [state.get(name) for state in self.states]
+        known = self.buffers.get(name)
+        if known is None or any(map(_is_not, found, known)):
+            for i, (p, buffer) in enumerate(zip(self.params, found, strict=True)):
+                if buffer is None:
+                    if name == "dual":
+                        raise KeyError(f"`state` of a parameter of shape {tuple(p.shape)} has no `dual`.")
+                    found[i] = torch.zeros_like(p, dtype=dual_dtype(p))
+                elif buffer.stride() != p.stride() or buffer.dtype != dual_dtype(p):
+                    found[i] = torch.empty_like(p, dtype=dual_dtype(p)).copy_(buffer)
+                self.states[i][name] = found[i]
+            self.buffers[name] = found
+        return found
+
+    def count_up(self) -> list[float]:
+        """k ← k + 1, the number of this step for every tensor: views of one tensor, so that one addition does."""
+        found = [state.get("step") for state in self.states]
+        if self.counts is None or any(map(_is_not, found, self.counts[1])):
+            together = torch.tensor([0.0 if k is None else float(k) for k in found], dtype=torch.float32)
+            self.counts = together, list(together.unbind())
+            for state, view in zip(self.states, self.counts[1], strict=True):
+                state["step"] = view
+        self.counts[0].add_(1)
+        return self.counts[0].tolist()
+
+
+class Plan(Held):
     """The kernel's view of `params`, which all have one dtype."""
 
     def __init__(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         from ..kernels import step
 
-        self.kernel, self.params, self.states = step, params, states
+        super().__init__(params, states)
+        self.kernel = step
         self.dtype, self.strides = params[0].dtype, [p.stride() for p in params]
         self.jobs = np.zeros((len(params), 9), np.int64)
         self.numbers = np.zeros((len(params), 14))
@@ -66,9 +108,7 @@ class Plan:
         self.addresses = [p.data_ptr() for p in params]
         self.places = [0] * len(params)  # where θ lay in the last pass
         self.at = self.head.ctypes.data
-        self.buffers: dict[str, list[Tensor]] = {}
         self.groups: dict[Tensor, GroupPlan | None] = {}
-        self.counts: tuple[Tensor, list[Tensor]] | None = None
         self.asked: Any = None  # the λ and δ that the numbers stand for
         self.given: dict[str, Any] = {}
 
@@ -88,22 +128,6 @@ class Plan:
         """Where the kernel finds GRAD, V, FIRST or SECOND."""
         self.jobs[:, getattr(self.kernel, column)] = [t.data_ptr() for t in tensors]
 
-    def buffer(self, name: str) -> list[Tensor]:
-        """The state `name` of every parameter, laid out as the parameter is; zeros where there is none yet."""
-        found: list[Any] = [state.get(name) for state in self.states]
-        known = self.buffers.get(name)
-        if known is None or any(map(_is_not, found, known)):
-            for i, (p, buffer) in enumerate(zip(self.params, found, strict=True)):
-                if buffer is None:
-                    if name == "dual":
-                        raise KeyError(f"`state` of a parameter of shape {tuple(p.shape)} has no `dual`.")
-                    found[i] = torch.zeros_like(p)
-                elif buffer.stride() != p.stride() or buffer.dtype != p.dtype:
-                    found[i] = torch.empty_like(p).copy_(buffer)
-                self.states[i][name] = found[i]
-            self.buffers[name] = found
-        return found
-
     def gradients(self, check: Any) -> list[Tensor]:
         """The gradients, laid out as the parameters are. `check(p)` refuses those that cannot be used."""
         grads: list[Any] = [p.grad for p in self.params]
@@ -111,17 +135,6 @@ class Plan:
             if grad.dtype is not self.dtype or grad.layout is not torch.strided or grad.stride() != strides:
                 grads[i] = torch.empty_like(self.params[i]).copy_(check(self.params[i]))
         return grads
-
-    def count_up(self) -> list[float]:
-        """k ← k + 1, the number of this step for every tensor: views of one tensor, so that one addition does."""
-        found = [state.get("step") for state in self.states]
-        if self.counts is None or any(map(_is_not, found, self.counts[1])):
-            together = torch.tensor([0.0 if k is None else float(k) for k in found], dtype=torch.float32)
-            self.counts = together, list(together.unbind())
-            for state, view in zip(self.states, self.counts[1], strict=True):
-                state["step"] = view
-        self.counts[0].add_(1)
-        return self.counts[0].tolist()
 
     def grouped(
         self, p: Tensor, reg: Regularizer | None, group: dict[str, Any], state: dict[str, Any]

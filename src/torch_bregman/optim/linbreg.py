@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..regularizers import Regularizer
+from . import gpu
 from .base import BregmanOptimizer, check_number
-from .compiled import Numbers
 from .fused import Plan
 
 
@@ -92,11 +92,11 @@ class LinBreg(BregmanOptimizer):
         else:
             torch._foreach_add_(duals, sgd_direction(grads, states, group), alpha=-lr)
 
-    def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
+    def _arm(self, plan: Plan | gpu.Plan, group: dict[str, Any]) -> str:
         return arm(plan, group)
 
 
-def arm(plan: Plan | Numbers, group: dict[str, Any]) -> str:
+def arm(plan: Plan | gpu.Plan, group: dict[str, Any]) -> str:
     """Numbers, buffer and name of the momentum rule, for the fused step."""
     plan.set(LR=as_float(group["lr"]), BETA1=group["momentum"])
     if group["momentum"] == 0:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..regularizers import Regularizer
+from . import gpu
 from .base import BregmanOptimizer
-from .compiled import Numbers
 from .fused import Plan, intervals
 from .linbreg import arm, as_float, check_momentum, sgd_direction
 
@@ -66,7 +66,7 @@ class ProxSGD(BregmanOptimizer):
         for (p, on_p), weight in zip(parts, weights, strict=True):
             p.copy_(weight if on_p is None else on_p.prox(weight, lr * group["lam"]))
 
-    def _arm(self, plan: Plan | Numbers, group: dict[str, Any]) -> str:
+    def _arm(self, plan: Plan | gpu.Plan, group: dict[str, Any]) -> str:
         return arm(plan, group)
 
     def _fused(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
@@ -76,7 +76,7 @@ class ProxSGD(BregmanOptimizer):
     def _interval(self, group: dict[str, Any], reg: Regularizer | None) -> tuple[Any, Any, Any] | None:
         return intervals(reg, [as_float(group["lr"]) * group["lam"]], [1.0])
 
-    def _elementwise(self, plan: Plan | Numbers, group: dict[str, Any], reg: Regularizer | None) -> bool:
+    def _elementwise(self, plan: Plan | gpu.Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
         plan.set(DECAY=group["weight_decay"], SIGN=-1.0 if group["maximize"] else 1.0)
         between = self._interval(group, reg)
         if between is not None:

@@ -39,6 +39,7 @@ from ..rivals import Lasso, Rival, training_flops
 from .denoising import Denoising, denoises, start_at_mean
 from .display import Display
 from .files import RunError, write_atomically
+from .graphs import Replayed
 from .ranks import ALONE, Looks, Ranks
 from .recipe import (
     DENSE,
@@ -106,13 +107,16 @@ def fit(
     if device.type == "cpu":
         threads = pick_threads(model, data.train.x[: recipe.batch_size], ranks.local_size)
         torch.set_num_threads(recipe.threads or threads)
-    network = ranks.wrap(model, data.train.x[:2])  # what is called; `model` has the weights
+    network = ranks.wrap(model, data.train.x[:2])  # `model` has the weights
     ranks.own_random_numbers(recipe.seed)
     optimizer = make_optimizer(recipe, model)
     control = make_control(recipe, optimizer, model, total_steps)
     schedule = make_schedule(recipe, optimizer, total_steps)
     levels = make_levels(recipe, optimizer, network)
     rival = make_rival(recipe, optimizer, model, total_steps)
+    call: Callable[[Tensor], Tensor] = network
+    if recipe.cuda_graphs and device.type == "cuda" and ranks.size == 1:
+        call = Replayed(model, recipe.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     mixed: Callable[[], Any] = nullcontext
     if recipe.precision != "32":
@@ -126,9 +130,9 @@ def fit(
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         if denoising:
             noisy, clean = ranks.part(denoising.noisy(x, noise), denoising.clean(x))
-            return F.mse_loss(network(noisy), clean)
+            return F.mse_loss(call(noisy), clean)
         x, y = ranks.part(x, y)
-        return F.cross_entropy(network(x), y)
+        return F.cross_entropy(call(x), y)
 
     similarity = similarity_on(data) if denoising else None
 
@@ -237,6 +241,7 @@ def fit(
                     if recipe.schedule != "plateau":
                         schedule.step()
                     losses[i] = loss.detach()
+                    del loss, whole  # with the graph, which must not live while the next one is recorded
                     i += 1
                     display.advance(len(x))
                     if looks.due(stopping()):

@@ -14,6 +14,7 @@ from ..choices import choose
 from ..control import TargetDensity
 from ..data import AUGMENTATIONS
 from ..density import check_density
+from ..distributed import is_sharded
 from ..layers import param_groups, weight_layers
 from ..models import MODELS
 from ..multilevel import Multilevel
@@ -138,6 +139,10 @@ class Recipe:
     precision: str = "32"
     """32, or mixed: bf16, fp16 (CUDA)."""
 
+    cuda_graphs: bool = False
+    """With one process on a GPU: record the passes over a batch once and replay them, over twice as fast for ResNet-18 on
+    small images; for networks that do the same whatever the data are."""
+
     def filled(self) -> Recipe:
         """With a value for everything that was left open, so that the file of a run says all."""
         own: dict[str, Any] = {}
@@ -192,6 +197,8 @@ class Recipe:
                 )
         if self.optimizer in RIVALS:
             self._check_rival()
+        if self.multilevel and self.cuda_graphs:
+            raise ValueError("Invalid `cuda_graphs`: True; multilevel training exchanges the network to be recorded.")
         if self.multilevel and self.optimizer in (*DENSE, *RIVALS, "proxsgd"):
             raise ValueError(f"Invalid `multilevel`: True; {self.optimizer} has no dual, use adabreg or linbreg.")
         check_density(self.initial_density, name="initial_density", one_allowed=True)
@@ -280,10 +287,15 @@ def linear_and_conv_groups(recipe: Recipe) -> tuple[str | None, str | None]:
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the recipe names, on the weights of `model`."""
     lr = recipe.lr if recipe.lr is not None else OPTIMIZERS[recipe.optimizer]
+    on_gpu = all(p.is_cuda and not is_sharded(p) for p in model.parameters())
     if recipe.optimizer == "adam" or recipe.optimizer in RIVALS:
-        return torch.optim.Adam(model.parameters(), lr, eps=recipe.eps, weight_decay=recipe.weight_decay)
+        return torch.optim.Adam(
+            model.parameters(), lr, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=on_gpu or None
+        )
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(
+            model.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=on_gpu or None
+        )
     # What a model asks for beside its Linear and Conv weights, as the scalar skips of models/skip.py.
     penalties: dict[str, tuple[Regularizer, float]] = getattr(model, "penalties", {})
     groups = param_groups(
