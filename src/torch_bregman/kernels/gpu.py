@@ -6,6 +6,7 @@ Here θ is read and compared in full, as the readable step does; skipping cache 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -16,8 +17,7 @@ ADDRESSES = 6  # SIZE among them
 WIDTH = ADDRESSES + len(NAMES)
 BLOCK = 1024  # entries of one tensor that a program takes
 TYPES = {
-    "torch.float32": tl.float32, "torch.float64": tl.float64, "torch.bfloat16": tl.bfloat16,
-    "torch.float16": tl.float16,
+    torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
 }  # fmt: skip
 
 _WIDTH, _BLOCK = tl.constexpr(WIDTH), tl.constexpr(BLOCK)

@@ -237,7 +237,7 @@ class BregmanOptimizer(Optimizer):
 
     def _fused(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
         """One pass over memory for `params` of group i. False, and nothing done, where there is none for them."""
-        on_gpu = gpu.plan(self, i, params)
+        on_gpu = gpu.plan(self, i, params) if params and gpu.supports(params[0]) else None
         if on_gpu is not None:
             if not self._elementwise(on_gpu, group, reg):
                 return False

@@ -103,7 +103,7 @@ class Plan(Held):
             on_device = torch.from_numpy(table[rows]).to(p.device, non_blocking=True)
             with torch.cuda.device(p.device) if p.is_cuda else nullcontext():
                 kernel.step[(len(blocks),)](
-                    on_device, blocks, rule, primal, *(kernel.TYPES[str(dtype)] for dtype in (p.dtype, dual)),
+                    on_device, blocks, rule, primal, kernel.TYPES[p.dtype], kernel.TYPES[dual],
                     1 - 4 * torch.finfo(dual).eps,
                 )  # fmt: skip
         torch.autograd.graph.increment_version(self.params)
@@ -114,6 +114,6 @@ def plan(optimizer: BregmanOptimizer, i: int, params: list[Tensor]) -> Plan | No
     ids = list(map(id, params))
     known = optimizer._gpu_plans.get(i)
     if known is None or known[0] != ids or not (known[1] is None or known[1].fits()):
-        made = Plan(params, [optimizer.state[p] for p in params]) if params and all(map(supports, params)) else None
+        made = Plan(params, [optimizer.state[p] for p in params]) if all(map(supports, params)) else None
         known = optimizer._gpu_plans[i] = (ids, made)
     return known[1]

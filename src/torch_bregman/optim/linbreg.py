@@ -38,9 +38,9 @@ class LinBreg(BregmanOptimizer):
         weight_decay: added to the gradient, as in SGD.
         maximize: ascend instead.
         foreach: update all tensors of a group together; None decides as torch does (on CUDA).
-        fused: the whole step as one pass over memory, with the extra `fast` on the CPU. None: on the CPU once a
-            thousand million entries were updated, when compiling has paid off (it is kept on disk). Half precision,
-            tensors with gaps and DTensors take the plain step.
+        fused: the whole step as one pass over memory, with the extra `fast` on the CPU and Triton on a GPU. None: on a
+            GPU if Triton is there; on the CPU once a thousand million entries were updated, when compiling has paid off
+            (it is kept on disk). Half precision on the CPU, tensors with gaps and DTensors take the plain step.
 
     Raises:
         ValueError: an option out of range, or a regulariser that does not fit a parameter's shape.

@@ -140,8 +140,8 @@ class Recipe:
     """32, or mixed: bf16, fp16 (CUDA)."""
 
     cuda_graphs: bool = False
-    """With one process on a GPU: record the passes over a batch once and replay them, over twice as fast for ResNet-18 on
-    small images; for networks that do the same whatever the data are."""
+    """With one process on a GPU: record the passes over a batch once and replay them, which more than halves the time
+    of ResNet-18 on small images; for networks that do the same whatever the data are."""
 
     def filled(self) -> Recipe:
         """With a value for everything that was left open, so that the file of a run says all."""
