@@ -286,6 +286,28 @@ def test_a_compact_run_resumes_bit_for_bit(stop: int, monkeypatch: pytest.Monkey
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("factor", [0.2, 1.0, 1.5, 20.0])
+@pytest.mark.parametrize("name", ["linbreg", "adabreg"])
+def test_a_lambda_that_moved_before_a_coarse_phase_leaves_no_weight_behind(name: str, factor: float, form: str) -> None:
+    model = mlp()
+    optimizer = OPTIMIZERS[name](tb.param_groups(model, tb.L1(), lam=0.05))
+    levels = tb.Multilevel(model, optimizer, coarse_steps=3, fine_steps=1, margin=1.0)
+    train(model, optimizer, range(1))
+    for group in optimizer.param_groups:
+        group["lam"] *= factor
+    levels.step()
+    assert levels.restricted
+    for part in levels._parts:
+        outside = part.live.full.detach().clone()
+        part.live.pattern.prolong(torch.zeros(len(part.live.pattern)), outside)
+        assert not outside.any()
+    train(model, optimizer, range(1, 4), levels.step)
+    levels.leave()
+    for layer in (model[0], model[2], model[4]):
+        state = optimizer.state[layer.weight]
+        torch.testing.assert_close(layer.weight.detach(), tb.L1().prox(state["dual"], state["lam"]))
+
+
 @pytest.mark.parametrize("name", ["linbreg", "adabreg"])
 def test_boost_scales_the_fine_step_off_the_support(name: str, form: str) -> None:
     model = mlp()

@@ -88,6 +88,19 @@ def test_asked_is_got(arrays, tmp_path, optimizer, density):
     assert abs(end["density"] / density - 1) <= 0.02
 
 
+@pytest.mark.parametrize("multilevel", [False, True])
+@pytest.mark.parametrize("optimizer", ["adabreg", "linbreg"])
+@pytest.mark.parametrize("model", ["mlp", "convnet"])
+def test_asked_is_got_in_runs_of_a_few_steps(tmp_path, model, optimizer, multilevel):
+    """λ rises fast there, and with `multilevel` weights that it had left behind were taken for edits."""
+    for steps in (2, 3, 5, 20):
+        recipe = Recipe(
+            dataset="digits", model=model, optimizer=optimizer, density=0.05, multilevel=multilevel, epochs=1,
+            batch_size=32, limit=32 * steps,
+        ).check()  # fmt: skip
+        assert fit(recipe, tmp_path / str(steps), quiet=True)["density"] == pytest.approx(0.05, rel=0.02)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"regularizer": "group-l1", "groups": "kernels"}, {"multilevel": True, "coarse_steps": 3}]
 )

@@ -534,7 +534,8 @@ class Multilevel:
         near: dict[nn.Parameter, Support] = {}
         live = 0
         for i, _, p, reg in candidates:
-            lam = float(optimizer.param_groups[i]["lam"])
+            # The λ that θ was written with, if it has risen since: what is alive must not be left behind.
+            lam = min(float(optimizer.param_groups[i]["lam"]), float(optimizer.state[p]["lam"]))
             if not self.margin or type(reg) is not L1 or lam <= 0:
                 where[p] = support(p, reg)
                 continue
