@@ -368,8 +368,8 @@ def test_words() -> None:
     assert [points(v) for v in (-0.003, 0.001, -1e-9)] == ["−0.30 points", "+0.10 points", "±0.00 points"]
     assert [duration(v) for v in (43.21, 59.97, 725, 3599.7, 7980)] == [
         "43.2 s", "1 min 00 s", "12 min 05 s", "1 h 00 min", "2 h 13 min"]  # fmt: skip
-    assert near(0.051, 0.05)
-    assert not near(0.0511, 0.05)
+    assert near(0.0505, 0.05)
+    assert not near(0.0506, 0.05)
     assert not near(0.05, None)
     assert number(float("inf")) is None
 

@@ -116,7 +116,7 @@ def _figures(record: Record) -> list[Figure]:
         return []
     held = record.asked is None
     rival = "the dense one" if record.twin is not None else "the top, of an axis that does not begin at zero"
-    dots = "" if held else "; dots are epochs on target, within ±2 % of the density asked for"
+    dots = "" if held else "; dots are epochs on target, within ±1 % of the density asked for"
     ring = (
         ", and the ring is the epoch that was kept" if number((record.end or {}).get("best_epoch")) is not None else ""
     )

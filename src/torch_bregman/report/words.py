@@ -4,7 +4,7 @@ import math
 
 __all__ = ["ON_TARGET", "clean", "duration", "near", "number", "percent", "points", "short"]
 
-ON_TARGET = 0.02  # a density is on target within ±2 % of the density that was asked for
+ON_TARGET = 0.01  # a density is on target within ±1 % of the density that was asked for
 
 
 def number(value: object) -> float | None:
