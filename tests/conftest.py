@@ -1,6 +1,7 @@
 """Fixtures: where the real data lie, and a command line in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,22 @@ def command(tmp_path):
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(cls, 5, 20): SIGTERM after these calls of cls.step, for a loop that looks for it in every step."""
+
+    def arm(cls, *steps):
+        monkeypatch.setattr("torch_bregman.train.loop.LOOK_EVERY", 0.0)
+        original, count = cls.step, [0]
+
+        def step(self):
+            original(self)
+            count[0] += 1
+            if count[0] in steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(cls, "step", step)
+
+    return arm

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -125,20 +123,11 @@ def test_a_replayed_run_is_the_run(optimizer: str, precision: str, tmp_path: Pat
     "options", [{}, {"optimizer": "linbreg", "momentum": 0.9, "lr": 0.05}, {"precision": "bf16"}], ids=str
 )
 def test_a_replayed_run_that_is_stopped_goes_on_bit_for_bit(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], tmp_path: Path, stop_after: Any
 ) -> None:
     recipe = images(tmp_path, cuda_graphs=True, **options)
     fit(recipe, tmp_path / "whole", quiet=True)
-    monkeypatch.setattr("torch_bregman.train.loop.LOOK_EVERY", 0.0)
-    original, count = tb.TargetDensity.step, [0]
-
-    def step(self: Any) -> None:
-        original(self)
-        count[0] += 1
-        if count[0] in (3, 9):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(tb.TargetDensity, "step", step)
+    stop_after(tb.TargetDensity, 3, 9)
     for _ in range(2):
         with pytest.raises(Stopped, match="Stopped at epoch"):
             fit(recipe, tmp_path / "parts", quiet=True)

@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -365,7 +363,7 @@ def recipe(name, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_reaches_its_density_learns_and_resumes_bit_for_bit(name, tmp_path, monkeypatch):
+def test_a_run_reaches_its_density_learns_and_resumes_bit_for_bit(name, tmp_path, stop_after):
     end = fit(recipe(name), tmp_path / "whole", quiet=True)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert end["kept"] == round(0.1 * end["weights"])
@@ -378,16 +376,7 @@ def test_a_run_reaches_its_density_learns_and_resumes_bit_for_bit(name, tmp_path
     assert end["test_accuracy"] > (0.2 if name == "lasso" else 0.85)  # six epochs are not enough for Lasso's cut
     assert "asked" in write_report(tmp_path / "whole").read_text()
 
-    monkeypatch.setattr("torch_bregman.train.loop.LOOK_EVERY", 0.0)
-    original, count = rivals.Rival.step, [0]
-
-    def step(self):
-        original(self)
-        count[0] += 1
-        if count[0] in (4, 30):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(rivals.Rival, "step", step)
+    stop_after(rivals.Rival, 4, 30)
     for _ in range(2):
         with pytest.raises(Stopped, match="Stopped at epoch"):
             fit(recipe(name), tmp_path / "parts", quiet=True)

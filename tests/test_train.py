@@ -284,23 +284,13 @@ def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
     ],
     ids=str,
 )
-def test_stopping_in_the_middle_of_an_epoch_and_going_on(arrays, tmp_path, monkeypatch, options):
+def test_stopping_in_the_middle_of_an_epoch_and_going_on(arrays, tmp_path, monkeypatch, stop_after, options):
     for name in ("MARGIN", "ABLE"):  # timings of two runs differ, and then the last bits do
         monkeypatch.setattr(f"torch_bregman.restriction.choice.{name}", 0.0)
     recipe = small(arrays, **options)
     fit(recipe, tmp_path / "whole", quiet=True)
-    monkeypatch.setattr("torch_bregman.train.loop.LOOK_EVERY", 0.0)
-    stops = iter([5, 20, 31])
-    original, count = tb.TargetDensity.step, [0]
-
-    def step(self):
-        original(self)
-        count[0] += 1
-        if count[0] in (5, 20, 31):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(tb.TargetDensity, "step", step)
-    for _ in stops:
+    stop_after(tb.TargetDensity, 5, 20, 31)
+    for _ in range(3):
         with pytest.raises(Stopped, match="Stopped at epoch"):
             fit(recipe, tmp_path / "parts", quiet=True)
     fit(recipe, tmp_path / "parts", quiet=True)

@@ -44,17 +44,17 @@ class Plan(Held):
         self.columns: dict[str, Any] = {}
         self.asked: Any = None  # the λ and δ that the numbers stand for
         self.pointed: dict[str, list[Tensor]] = {}
-        self.strides = [p.stride() for p in params]
+        self.sizes, self.strides = [p.numel() for p in params], [p.stride() for p in params]
         self.addresses = [p.data_ptr() for p in params]
         alike: dict[Any, list[int]] = {}
         for i, p in enumerate(params):
-            if p.numel():
+            if self.sizes[i]:
                 alike.setdefault((p.dtype, p.device), []).append(i)
         self.launches = [(np.array(rows), self._blocks(rows)) for rows in alike.values()]
 
     def _blocks(self, rows: list[int]) -> Tensor:
         """[programs, 2]: the place of a tensor in `rows`, and which block of it."""
-        counts = [-(-self.params[i].numel() // self.kernel.BLOCK) for i in rows]
+        counts = [-(-self.sizes[i] // self.kernel.BLOCK) for i in rows]
         places = np.repeat(np.arange(len(rows)), counts)
         within = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
         return torch.from_numpy(np.stack([places, within], 1)).to(self.params[rows[0]].device)
@@ -90,7 +90,7 @@ class Plan(Held):
         first, second = self.pointed.get("FIRST", duals), self.pointed.get("SECOND", duals)
         table = np.empty((n, kernel.WIDTH), np.int64)
         self.addresses = [p.data_ptr() for p in self.params]
-        table[:, 0], table[:, 1] = [p.numel() for p in self.params], self.addresses
+        table[:, 0], table[:, 1] = self.sizes, self.addresses
         for column, tensors in enumerate((grads or duals, duals, first, second), 2):
             table[:, column] = [t.data_ptr() for t in tensors]
         numbers = table[:, kernel.ADDRESSES :].view(np.float64)

@@ -14,7 +14,7 @@ from torch_bregman.report.extras import needs_train_extra
 from torch_bregman.report.patterns import png_data_uri
 from torch_bregman.report.records import Record, read_patterns, read_run, table
 from torch_bregman.report.summary import tiles, title
-from torch_bregman.report.words import clean, number, percent
+from torch_bregman.report.words import ON_TARGET, clean, number, percent
 
 __all__ = ["write_report"]
 
@@ -116,7 +116,7 @@ def _figures(record: Record) -> list[Figure]:
         return []
     held = record.asked is None
     rival = "the dense one" if record.twin is not None else "the top, of an axis that does not begin at zero"
-    dots = "" if held else "; dots are epochs on target, within ±1 % of the density asked for"
+    dots = "" if held else f"; dots are epochs on target, within ±{100 * ON_TARGET:g} % of the density asked for"
     ring = (
         ", and the ring is the epoch that was kept" if number((record.end or {}).get("best_epoch")) is not None else ""
     )
