@@ -21,6 +21,7 @@ CASES: list[tuple[type, dict[str, Any]]] = [
     (tb.LinBreg, {"delta": 0.5, "maximize": True}),
     (tb.AdaBreg, {}),
     (tb.AdaBreg, {"weight_decay": 0.1, "eps": 1e-4}),
+    (tb.AdaBreg, {"weight_decay": 0.5, "decoupled_weight_decay": True}),
     (tb.ProxSGD, {}),
     (tb.ProxSGD, {"momentum": 0.9, "nesterov": True}),
 ]

@@ -204,6 +204,7 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "linbreg-sgd": (tb.LinBreg, {"lr": 0.02, "momentum": 0.9, "momentum_rule": "sgd"}),
     "linbreg-nesterov": (tb.LinBreg, {"lr": 0.02, "momentum": 0.9, "momentum_rule": "sgd", "nesterov": True}),
     "adabreg": (tb.AdaBreg, {"lr": 0.05}),
+    "adabreg-decoupled": (tb.AdaBreg, {"lr": 0.05, "weight_decay": 0.3, "decoupled_weight_decay": True}),
     "proxsgd": (tb.ProxSGD, {"lr": 0.1}),
     "proxsgd-momentum": (tb.ProxSGD, {"lr": 0.02, "momentum": 0.9}),
 }
@@ -288,7 +289,9 @@ def reference(kind: str, theta: Array, gradients: list[Array], case: Case, lam: 
         elif kind == "linbreg-nesterov":
             m = beta * m + g
             v = v - lr * (g + beta * m)
-        elif kind == "adabreg":
+        elif kind.startswith("adabreg"):
+            before = case.np_prox(delta * v, delta * lam)
+            v = v - lr * options.get("weight_decay", 0.0) * before
             m = 0.9 * m + 0.1 * g
             second = 0.999 * second + 0.001 * g**2
             v = v - lr * (m / (1 - 0.9**k)) / (np.sqrt(second / (1 - 0.999**k)) + 1e-8)
@@ -318,6 +321,20 @@ def test_follows_the_equations(case: Case, kind: str, foreach: bool) -> None:
     assert np.abs(path[-1] - path[0]).max() > 0.1, "the run went nowhere, so it tests nothing"
 
 
+@either_path
+def test_decoupled_decay_takes_the_same_share_of_every_weight(foreach: bool) -> None:
+    """Whatever its gradients were; coupled, it moves weights of small gradients more. Zeros stay what they are."""
+    p = nn.Parameter(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    options = {"regularizer": tb.L1(), "lam": 0.5, "lr": 0.1, "weight_decay": 0.2, "decoupled_weight_decay": True}
+    optimizer = tb.AdaBreg([p], betas=(0.0, 0.999), foreach=foreach, **options)
+    for grad in ([1.0, 1e-3, 1e-2, 0.0], [0.0] * 4):
+        p.grad, before = torch.tensor(grad, dtype=torch.float64), p.detach().clone()
+        optimizer.step()
+    close(before - p, 0.1 * 0.2 * before, 1e-12)
+    assert (before[:2] > 0).all()
+    assert optimizer.state[p]["dual"][2] == pytest.approx(-0.1, rel=1e-5)
+
+
 def test_option_delta_is_not_one_for_proxsgd() -> None:
     """ProxSGD has no δ; the table above relies on that."""
     with pytest.raises(TypeError, match="delta"):
@@ -331,7 +348,7 @@ def test_option_delta_is_not_one_for_proxsgd() -> None:
 def test_start_is_a_fixed_point(case: Case, kind: str, delta: float, dtype: torch.dtype) -> None:
     p = weight_of(case, dtype)
     before = p.detach().clone()
-    optimizer = build(kind, [p], case, delta=delta)
+    optimizer = build(kind, [p], case, delta=delta, weight_decay=0.0)
     walk(optimizer, p, [torch.zeros_like(p)])
     tolerance = 2e-6 if dtype == torch.float32 else 1e-14
     close(p, before, tolerance)
@@ -365,7 +382,8 @@ def test_delta_scales_the_weights_and_keeps_the_support(case: Case, kind: str, d
     one = weight_of(case)
     scaled = nn.Parameter(one.detach() * delta)  # the same v = θ/δ + p
     gradients = random_gradients(one, 20)
-    a, b = build(kind, [one], case), build(kind, [scaled], case, delta=delta)
+    a = build(kind, [one], case, weight_decay=0.0)  # which takes more of weights that are larger
+    b = build(kind, [scaled], case, delta=delta, weight_decay=0.0)
     for g in gradients:
         walk(a, one, [g])
         walk(b, scaled, [g])

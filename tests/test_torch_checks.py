@@ -74,6 +74,7 @@ DELTA = [Input({"delta": 0.5}, "delta"), Input({"delta": 2.0, "weight_decay": 0.
 ADAM = [
     Input({"betas": (0.8, 0.99)}, "betas"),
     Input({"eps": 1e-3}, "eps"),
+    Input({"weight_decay": 0.1, "decoupled_weight_decay": True}, "decoupled weight decay"),
     Input({"betas": (0.0, 0.9)}, "no momentum"),
 ]
 
@@ -1177,6 +1178,18 @@ def test_without_a_regulariser_it_is_torchs_optimizer(
     assert losses[0] == losses[1]
     assert math.isfinite(losses[0][-1])
     assert losses[0][-1] != losses[0][0]
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
+def test_with_decoupled_weight_decay_it_is_adamw(foreach: bool) -> None:
+    """To rounding: torch multiplies θ by 1 − τω, and here τωθ is taken off v."""
+    models = [network(torch.float64, sparse=False), network(torch.float64, sparse=False)]
+    ours = tb.AdaBreg(models[0].parameters(), 0.02, weight_decay=0.3, decoupled_weight_decay=True, foreach=foreach)
+    theirs = torch.optim.AdamW(models[1].parameters(), 0.02, weight_decay=0.3, foreach=foreach)
+    for model, optimizer in zip(models, (ours, theirs), strict=True):
+        train(model, optimizer, 100, schedule.CosineAnnealingLR(optimizer, 120))
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

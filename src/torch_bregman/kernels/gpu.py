@@ -12,6 +12,7 @@ import triton.language as tl
 
 NAMES = (
     "LOW0", "HIGH0", "DELTA0", "LOW", "HIGH", "DELTA", "LR", "BETA1", "BETA2", "EPS", "ROOT", "PACE", "DECAY", "SIGN",
+    "SHRINK",
 )  # fmt: skip
 ADDRESSES = 6  # SIZE among them
 WIDTH = ADDRESSES + len(NAMES)
@@ -90,6 +91,7 @@ def step(
                 s = tl.load(second, inside, 0.0)
                 s = beta2 * s + (1 - beta2) * g * g
                 tl.store(second, s, inside)
+                x -= _number(row, 20, DUAL) * theta
                 x += _number(row, 17, DUAL) * m / (tl.sqrt(s) / _number(row, 16, DUAL) + eps)
             tl.store(first, m, inside)
     if PRIMAL:

@@ -47,7 +47,8 @@ DUAL, BOTH, PRIMAL = range(3)
 
 # One row per tensor: addresses and flags (int64), and numbers (float64).
 SIZE, THETA, GRAD, V, FIRST, SECOND, LIVE, LOOK, EDITED = range(9)
-LOW0, HIGH0, DELTA0, LOW, HIGH, DELTA, LR, BETA1, BETA2, EPS, ROOT, PACE, DECAY, SIGN = range(14)
+LOW0, HIGH0, DELTA0, LOW, HIGH, DELTA, LR, BETA1, BETA2, EPS, ROOT, PACE, DECAY, SIGN, SHRINK = range(15)
+COLUMNS = SHRINK + 1
 # The head: the shared counter, then what all tensors have in common.
 COUNTER, CHUNK, COUNT, TENSORS, PHASE, JOBS, NUMBERS, STARTS = range(8)
 
@@ -111,6 +112,7 @@ def _lines(rule, mode, count, p, g, v, m, s, live, c, look, spare, flags):
     b, b2, w2 = splat(T(c[BETA1])), splat(T(c[BETA2])), splat(T(1 - c[BETA2]))
     eps, root, pace = splat(T(c[EPS])), splat(T(1 / c[ROOT])), splat(T(c[PACE]))
     a = splat(T((1 - c[BETA1]) * c[LR] if rule == PAPER else (1 - c[BETA1] if rule == ADAM else -c[LR])))
+    shrink, decoupled = splat(T(-c[SHRINK])), c[SHRINK] != 0
     decay, sign, zero = splat(T(c[DECAY])), splat(T(c[SIGN])), splat(T(0))
     inside = splat(T(1 - 4 * np.finfo(p.dtype).eps))
     one_sided = c[LOW] == -np.inf
@@ -134,6 +136,8 @@ def _lines(rule, mode, count, p, g, v, m, s, live, c, look, spare, flags):
             d = load(g, i)
             if not plain:
                 d = fma(decay, load(p, i), sign * d)
+            if rule == ADAM and decoupled:
+                x = fma(shrink, load(p, i), x)
             x = _moved(rule, x, d, m, s, i, a, b, b2, w2, eps, root, pace)
         if mode == PRIMAL:
             x = _shrunk(x, low, high, one_sided, lowest, infinite)
@@ -184,7 +188,7 @@ def step(name, rule, mode):
         head = carray(data, (8,), np.int64)
         tensors, size = head[TENSORS], head[CHUNK]
         jobs = carray(pointer(head[JOBS]), (tensors, 9), np.int64)
-        numbers = carray(pointer(head[NUMBERS]), (tensors, 14), np.float64)
+        numbers = carray(pointer(head[NUMBERS]), (tensors, COLUMNS), np.float64)
         starts = carray(pointer(head[STARTS]), (tensors + 1,), np.int64)
         room, line = np.zeros(8 * lanes, dtype), np.zeros((5, lanes), dtype)
         spare = room[(-room.ctypes.data % LINE_BYTES) // width :]

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from . import gpu
-from .base import BregmanOptimizer, check_number
+from .base import BregmanOptimizer, as_float, check_number
 from .fused import Plan
-from .linbreg import as_float
 
 
 class AdaBreg(BregmanOptimizer):
@@ -22,17 +21,22 @@ class AdaBreg(BregmanOptimizer):
                 v ← v − τ · (m₁ / (1−β₁ᵏ)) / (√(m₂ / (1−β₂ᵏ)) + ε)
                 θ ← prox_{δJ}(δv)
 
-    With `regularizer=None` and δ = 1 it is `torch.optim.Adam`.
+    With `regularizer=None` and δ = 1 it is `torch.optim.Adam`, and `AdamW` with decoupled weight decay.
 
     Args:
-        params, lr, regularizer, lam, delta, weight_decay, maximize, foreach, fused: as for `LinBreg`. Every v moves by
-            about `lr` a step, so λ is of the order of a hundred times `lr`.
+        params, lr, regularizer, lam, delta, maximize, foreach, fused: as for `LinBreg`. Every v moves by about `lr` a
+            step, so λ is of the order of a hundred times `lr`.
         betas: β₁, β₂ in [0, 1).
         eps: ε. At 1e-8 a weight with a tiny gradient that never changes sign is driven as hard as any other; 1e-4 keeps
             such weights out.
+        weight_decay: ω ≥ 0. Added to the gradient as ωθ, where it is divided by √m₂ like all of it: weights with small
+            gradients are shrunk the most, down to whole neurons.
+        decoupled_weight_decay: v ← v − τωθ before the step instead, the same share of every weight [LH].
 
     Raises:
         ValueError: an option out of range, or a regulariser that does not fit a parameter's shape.
+
+    [LH] Loshchilov, Hutter, Decoupled Weight Decay Regularization, ICLR 2019.
     """
 
     def __init__(
@@ -46,13 +50,15 @@ class AdaBreg(BregmanOptimizer):
         lam: float | Tensor = 0.0,
         delta: float = 1.0,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "lam": lam, "delta": delta,
-            "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach, "fused": fused,
+            "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize, "foreach": foreach, "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults, regularizer)
 

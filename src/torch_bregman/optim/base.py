@@ -259,7 +259,8 @@ class BregmanOptimizer(Optimizer):
 
     def _elementwise(self, plan: fused.Plan | gpu.Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
         """Give the plan v and the prox as numbers. False where the prox needs more than one entry at a time."""
-        plan.set(DECAY=group["weight_decay"], SIGN=-1.0 if group["maximize"] else 1.0)
+        coupled, decoupled = decays(group)
+        plan.set(DECAY=coupled, SHRINK=decoupled, SIGN=-1.0 if group["maximize"] else 1.0)
         plan.point("V", plan.buffer("dual"))
         lam, delta = [state["lam"] for state in plan.states], [state["delta"] for state in plan.states]
         asked = (group["lam"], group["delta"], lam, delta)
@@ -316,7 +317,11 @@ class BregmanOptimizer(Optimizer):
         states = [state for _, state, _ in own]
         for part, state, on_part in own:
             self._follow(part, state, group, on_part)
-        self._descend([state["dual"] for state in states], grads, states, group)
+        duals, (_, decoupled) = [state["dual"] for state in states], decays(group)
+        if decoupled != 0:  # of v, because θ itself is written anew
+            weights = [part.to(dual.dtype) for (part, _, _), dual in zip(own, duals, strict=True)]
+            torch._foreach_sub_(duals, torch._foreach_mul(weights, decoupled))
+        self._descend(duals, grads, states, group)
         for part, state, on_part in own:
             if not self._waits(state, on_part):
                 self._write(part, state, group, on_part)
@@ -375,8 +380,9 @@ class BregmanOptimizer(Optimizer):
         grad = local(grad).to(dual_dtype(p))
         if group["maximize"]:
             grad = -grad
-        if group["weight_decay"] != 0:
-            grad = grad.add(local(p), alpha=group["weight_decay"])  # coupled: after the prox it would be overwritten
+        coupled, _ = decays(group)
+        if coupled != 0:
+            grad = grad.add(local(p), alpha=coupled)  # after the prox it would be overwritten
         return grad
 
     def _start(self) -> None:
@@ -493,6 +499,16 @@ class BregmanOptimizer(Optimizer):
                 self._follow(part, state, group, on_part)
                 self._write(part, state, group, on_part)
                 self._keep([p], [state])
+
+
+def as_float(lr: float | Tensor) -> float:
+    return lr.item() if isinstance(lr, Tensor) else lr
+
+
+def decays(group: dict[str, Any]) -> tuple[float, float]:
+    """What a weight adds to its gradient, and what it takes off its v, as shares of the weight."""
+    decay = group["weight_decay"]
+    return (0.0, as_float(group["lr"]) * decay) if group.get("decoupled_weight_decay") else (decay, 0.0)
 
 
 def primal(dual: Tensor, reg: Regularizer | None, lam: float | Tensor, delta: float | Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Plan(Held):
         self.kernel = step
         self.dtype, self.strides = params[0].dtype, [p.stride() for p in params]
         self.jobs = np.zeros((len(params), 9), np.int64)
-        self.numbers = np.zeros((len(params), 14))
+        self.numbers = np.zeros((len(params), step.COLUMNS))
         size = self.jobs[:, step.SIZE] = [p.numel() for p in params]
         self.starts = np.zeros(len(params) + 1, np.int64)
         self.total = sum(size)

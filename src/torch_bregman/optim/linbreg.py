@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from . import gpu
-from .base import BregmanOptimizer, check_number
+from .base import BregmanOptimizer, as_float, check_number
 from .fused import Plan
 
 
@@ -129,7 +129,3 @@ def check_momentum(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid `momentum_rule`: {rule!r}; expected 'paper' or 'sgd'.")
     if group["nesterov"] and (group["momentum"] == 0 or rule != "sgd"):
         raise ValueError("Invalid `nesterov`: True; it needs momentum > 0 and momentum_rule='sgd'.")
-
-
-def as_float(lr: float | Tensor) -> float:
-    return lr.item() if isinstance(lr, Tensor) else lr

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from . import gpu
-from .base import BregmanOptimizer
+from .base import BregmanOptimizer, as_float
 from .fused import Plan, intervals
-from .linbreg import arm, as_float, check_momentum, sgd_direction
+from .linbreg import arm, check_momentum, sgd_direction
 
 
 class ProxSGD(BregmanOptimizer):

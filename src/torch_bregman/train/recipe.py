@@ -76,7 +76,10 @@ class Recipe:
     """ε of adabreg and adam. The larger one keeps weights with tiny gradients out. [adabreg 1e-4, adam 1e-8]"""
 
     weight_decay: float = 0.0
-    """Added to the gradient."""
+    """Added to the gradient, times the weight."""
+
+    decoupled_weight_decay: bool = False
+    """For adabreg, adam and the rivals: each step shrinks every weight by lr · weight_decay instead, as AdamW does."""
 
     regularizer: str = "l1"
     """l1, nonnegative-l1, group-l1, sparse-group-l1, nuclear."""
@@ -213,6 +216,11 @@ class Recipe:
         for name in ("lam", "lr", "eps", "weight_decay", "noise"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
+        if self.decoupled_weight_decay and self.optimizer in ("linbreg", "proxsgd", "sgd"):
+            raise ValueError(
+                f"Invalid `decoupled_weight_decay`: True; {self.optimizer} scales no gradients, so `weight_decay` "
+                "alone does the same."
+            )
         check_number("momentum", self.momentum, high=1.0)
         check_number("delta", self.delta, strict=True)
         if not isinstance(self.threads, int) or self.threads < 0:
@@ -289,9 +297,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     lr = recipe.lr if recipe.lr is not None else OPTIMIZERS[recipe.optimizer]
     on_gpu = all(p.is_cuda and not is_sharded(p) for p in model.parameters())
     if recipe.optimizer == "adam" or recipe.optimizer in RIVALS:
-        return torch.optim.Adam(
-            model.parameters(), lr, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=on_gpu or None
-        )
+        adam = torch.optim.AdamW if recipe.decoupled_weight_decay else torch.optim.Adam
+        return adam(model.parameters(), lr, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=on_gpu or None)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
             model.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=on_gpu or None
@@ -304,7 +311,10 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         {pattern: lam for pattern, (_, lam) in penalties.items()} | {"*": recipe.lam or 0.0},
     )
     if recipe.optimizer == "adabreg":
-        return AdaBreg(groups, lr, eps=recipe.eps, delta=recipe.delta, weight_decay=recipe.weight_decay)
+        return AdaBreg(
+            groups, lr, eps=recipe.eps, delta=recipe.delta, weight_decay=recipe.weight_decay,
+            decoupled_weight_decay=recipe.decoupled_weight_decay,
+        )  # fmt: skip
     if recipe.optimizer == "linbreg":
         return LinBreg(
             groups, lr, delta=recipe.delta, momentum=recipe.momentum, momentum_rule="sgd",
