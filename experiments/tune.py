@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import re
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def trial(recipe: Recipe, data_root: Path | None) -> dict[str, Any]:
-    """What a run ends with on validation data, or why it failed."""
+    """What a run ends with on validation data, or why it failed; it may be in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             end = fit(recipe, Path(folder), data_root=data_root, quiet=True)
@@ -54,25 +56,33 @@ def main() -> None:
     parser.add_argument("name", help="of the recipe")
     parser.add_argument("--rows", default=".", help="a regular expression on the rows' methods [all]")
     parser.add_argument("--grid", nargs="+", required=True, metavar="OPTION=VALUE,…", help="what is tried")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time [1]")
     parser.add_argument("--data-root", type=Path, metavar="DIR")
     args = parser.parse_args()
 
     experiment = read_experiment(find_recipes(None) / f"{args.name}.toml")
     path = Path(__file__).parent / "results" / "tuning" / f"{args.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    grid = read_grid(args.grid)
-    for row in experiment.rows:
-        if not re.search(args.rows, row.method):
-            continue
-        for point in grid:
-            label = {"method": row.method, "options": row.options | point}
-            if any({key: old[key] for key in label} == label for old in read_rows(path)):
-                continue
-            result = label | trial(Recipe(**(row.options | point | {"seed": SEED})).check(), args.data_root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = [
+        {"method": row.method, "options": row.options | point}
+        for row in experiment.rows
+        if re.search(args.rows, row.method)
+        for point in read_grid(args.grid)
+    ]
+    tried = [{key: row[key] for key in ("method", "options")} for row in read_rows(path)]
+    # Spawned, because a process that has used a GPU cannot be forked.
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        trials = {
+            pool.submit(trial, Recipe(**(label["options"] | {"seed": SEED})).check(), args.data_root): label
+            for label in labels
+            if label not in tried
+        }
+        for end in as_completed(trials):
+            result = trials[end] | end.result()
             # Read again: another process may have added to it meanwhile.
             content = {"seed": SEED, "environment": describe_machine(), "rows": [*read_rows(path), result]}
             write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-            print(row.method, point, {key: value for key, value in result.items() if key not in label}, flush=True)
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

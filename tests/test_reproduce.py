@@ -5,6 +5,8 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -574,6 +576,23 @@ def denoised(ssim: float, widths: list[int], **end) -> dict:
     for key in ("test_accuracy", "val_accuracy"):
         del made["end"][key]
     return made
+
+
+def test_step_sizes_are_tried_several_at_a_time_and_never_twice(tmp_path):
+    script = tmp_path / "experiments" / "tune.py"  # it writes beside itself
+    script.parent.mkdir()
+    shutil.copy(CLONE / "experiments" / "tune.py", script)
+
+    def tried(*grid: str) -> list[float]:
+        command = [sys.executable, script, "defaults", "--rows", "^digits, AdaBreg", "--jobs", "2", "--grid", *grid]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        rows = json.loads((script.parent / "results" / "tuning" / "defaults.json").read_text())["rows"]
+        assert all(0 < row["val_accuracy"] < 1 and row["options"]["epochs"] == 1 for row in rows)
+        return [row["options"]["lr"] for row in rows]
+
+    first = tried("lr=0.01,0.02", "epochs=1")
+    assert sorted(first) == [0.01, 0.02]
+    assert tried("lr=0.02,0.03,0.01", "epochs=1") == [*first, 0.03]
 
 
 def test_a_table_shows_ssim_widths_and_skips_beside_what_was_published():
