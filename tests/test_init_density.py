@@ -251,6 +251,67 @@ def test_a_transposed_convolution_counts_its_own_inputs():
     assert float(inner.square().mean()) == pytest.approx(2.0, rel=0.2)
 
 
+def live_inputs(module: nn.Module) -> list[int]:
+    """Of every unit, by pushing a one through each weight: its own output tells which unit it belongs to."""
+    weight, linear = module.weight.detach(), isinstance(module, nn.Linear)
+    outputs, inputs = weight.shape if linear else (module.out_channels, module.in_channels)
+    found: list[int] = []
+    for at in weight.nonzero().tolist():
+        single = copy.deepcopy(module)
+        single.bias = None
+        nn.init.zeros_(single.weight)
+        single.weight.data[tuple(at)] = 1.0
+        out = single(torch.ones(1, inputs, *[9] * (weight.dim() - 2)))
+        found.append(int(out.reshape(outputs, -1).sum(1).nonzero()))
+    return [found.count(unit) for unit in range(outputs)]
+
+
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(7, 9), nn.Conv1d(3, 5, 4), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 4, 3),
+        nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv2d(5, 4, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_unit_has_the_least_number_of_inputs(module, least):
+    drawn = tb.sparse_init_(copy.deepcopy(module), 0.05, generator=seeded())
+    more = tb.sparse_init_(copy.deepcopy(module), 0.05, generator=seeded(), min_inputs=least)
+    assert live_inputs(more) == [max(n, least) for n in live_inputs(drawn)]
+    assert ((more.weight != 0) | (drawn.weight == 0)).all()  # to those that are drawn anyway
+
+
+def test_a_unit_has_no_more_inputs_than_weights():
+    layer = tb.sparse_init_(nn.Linear(3, 5), 0.2, generator=seeded(), min_inputs=4)
+    assert (layer.weight != 0).all()
+
+
+def test_a_unit_without_inputs_before_a_norm_never_wakes():
+    """What min_inputs is for."""
+    for least in (0, 1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 30, bias=False), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))
+        tb.sparse_init_(model, 0.03, generator=seeded(), min_inputs=least)
+        asleep = (model[0].weight == 0).all(1)
+        optimizer = tb.AdaBreg(tb.param_groups(model, tb.L1(), lam=0.1), lr=0.02)
+        for _ in range(30):
+            x = torch.randn(64, 20)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+        alive = (model[0].weight != 0).any(1)
+        assert bool(asleep.any()) == (least == 0)
+        assert not alive[asleep].any()
+        assert tb.density(model) > 0.1
+
+
+@pytest.mark.parametrize("least", [-1, 1.0, True, None, "1"])
+def test_a_bad_number_of_inputs_is_named(least):
+    with pytest.raises(ValueError, match=rf"`min_inputs`: {least!r}; expected a whole number of at least 0"):
+        tb.sparse_init_(nn.Linear(3, 5), min_inputs=least)
+
+
 # ---------------------------------------------------------------------- sparse_init_: biases, norms, storage
 
 

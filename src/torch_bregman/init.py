@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from .density import check_density
 from .distributed import assign, is_sharded
-from .layers import LAYERS, fan_in, weight_layers
+from .layers import LAYERS, by_outputs, fan_in, weight_layers
 from .optim.base import check_number
 from .regularizers import GROUPS, GroupL1, broadcasts, group_dims
 
@@ -23,6 +23,7 @@ def sparse_init_(
     *,
     nonlinearity: str = "relu",
     bias_scale: float = 1.0,
+    min_inputs: int = 0,
 ) -> nn.Module:
     """Redraw all Linear and Conv weights so that a share `density` of each is alive and signals keep their variance.
 
@@ -40,16 +41,21 @@ def sparse_init_(
         nonlinearity: as in `torch.nn.init.calculate_gain`. For "relu" and its like biases are drawn from
             (0, s/√fan_in], so that neurons without inputs start active; for odd activations from both sides of 0.
         bias_scale: s.
+        min_inputs: live weights that every unit (row of a Linear, filter of a Conv weight) has at least, also where
+            `density` alone would leave it fewer; not for weights drawn in groups. A unit with neither inputs nor bias
+            in front of a norm and a ReLU is zero for good, because no gradient comes through: such layers need 1.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: density outside (0, 1], a name of groups that does not exist or fits no layer, DTensors without a
-            generator.
+        ValueError: density outside (0, 1], min_inputs that is no count, a name of groups that does not exist or fits no
+            layer, DTensors without a generator.
     """
     check_density(density, one_allowed=True)
     check_number("bias_scale", bias_scale)
+    if isinstance(min_inputs, bool) or not isinstance(min_inputs, int) or min_inputs < 0:
+        raise ValueError(f"Invalid `min_inputs`: {min_inputs!r}; expected a whole number of at least 0.")
     layers = [layer for layer in weight_layers(model) if layer.weight.numel()]
     if not layers:
         raise ValueError("`model` has no Linear or Conv layer to initialise.")
@@ -77,6 +83,8 @@ def sparse_init_(
     for layer, fit in zip(layers, fits, strict=True):
         weight = layer.weight
         mask = _draw_mask(weight.shape, density, groups if fit else None, generator, device)
+        if min_inputs and not fit:
+            _connect_(mask, layer.module, min_inputs, generator)
         std = gain / math.sqrt(fan_in(layer.module, weight) * float(mask.float().mean()))
         values = torch.empty(weight.shape, device=device).normal_(0, std, generator=generator)
         # `where`, not a product: −x·0 is a negative zero.
@@ -115,3 +123,15 @@ def _draw_mask(
     mask = torch.zeros(n, dtype=torch.bool, device=device)
     mask[torch.randperm(n, generator=generator, device=device)[: max(1, round(density * n))]] = True
     return mask.view(shape)
+
+
+def _connect_(mask: Tensor, module: nn.Module, count: int, generator: Generator | None) -> None:
+    """Turn on entries, drawn at random, until every unit has `count` or all it can have."""
+    places = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+    places = by_outputs(module, places).flatten(2).flatten(0, 1)  # [units, inputs of each]
+    flat = mask.view(-1)
+    missing = count - flat[places].sum(1, keepdim=True)
+    scores = torch.rand(places.shape, generator=generator, device=mask.device) - flat[places].float()  # live: below 0
+    order = scores.argsort(1, descending=True)
+    first = torch.arange(places.shape[1], device=mask.device) < missing
+    flat[places.gather(1, order)[first]] = True

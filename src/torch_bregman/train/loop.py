@@ -344,11 +344,14 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
     # Few rows alive is a low rank, the sparse start of the nuclear norm.
     low_rank = recipe.regularizer == "nuclear"
     chosen = ("rows", "filters") if low_rank else linear_and_conv_groups(recipe)
+    normed = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in model.modules())
     for groups, linear in zip(chosen, (True, False), strict=True):
         for _, module, weight in layers:
             if (weight.dim() == 2) == linear:
                 start = min(recipe.initial_density, wanted.get(weight, 1.0) / 2)
-                sparse_init_(module, start, groups, generator)
+                # A norm takes the bias off again that would wake a unit without inputs.
+                asleep = normed or getattr(module, "bias", None) is None
+                sparse_init_(module, start, groups, generator, min_inputs=int(asleep))
                 if recipe.regularizer == "nonnegative-l1":
                     weight.data.abs_()
     if not layers:
