@@ -282,6 +282,24 @@ def test_every_unit_has_the_least_number_of_inputs(module, least):
     assert ((more.weight != 0) | (drawn.weight == 0)).all()  # to those that are drawn anyway
 
 
+@pytest.mark.parametrize("least", [1, 9, 10])
+def test_every_filter_has_the_least_number_of_inputs_in_whole_kernels(least):
+    layer = tb.sparse_init_(nn.Conv2d(20, 30, 3), 0.02, "kernels", generator=seeded(), min_inputs=least)
+    alive = (layer.weight != 0).flatten(2).double().mean(2)
+    assert set(alive.flatten().tolist()) == {0.0, 1.0}
+    assert int(alive.sum(1).min()) == (1 if least <= 9 else 2)
+    assert int(alive.sum()) < 30 * (1 if least <= 9 else 2) + 12  # 12 are drawn
+
+
+@pytest.mark.parametrize("groups", ["rows", "columns", "filters", "channels"])
+def test_other_groups_are_left_as_they_are_drawn(groups):
+    module = nn.Linear(40, 30) if groups in ("rows", "columns") else nn.Conv2d(20, 30, 3)
+    drawn = [
+        tb.sparse_init_(copy.deepcopy(module), 0.1, groups, generator=seeded(), min_inputs=least) for least in (0, 5)
+    ]
+    assert torch.equal(drawn[0].weight, drawn[1].weight)
+
+
 def test_a_unit_has_no_more_inputs_than_weights():
     layer = tb.sparse_init_(nn.Linear(3, 5), 0.2, generator=seeded(), min_inputs=4)
     assert (layer.weight != 0).all()

@@ -42,8 +42,9 @@ def sparse_init_(
             (0, s/√fan_in], so that neurons without inputs start active; for odd activations from both sides of 0.
         bias_scale: s.
         min_inputs: live weights that every unit (row of a Linear, filter of a Conv weight) has at least, also where
-            `density` alone would leave it fewer; not for weights drawn in groups. A unit with neither inputs nor bias
-            in front of a norm and a ReLU is zero for good, because no gradient comes through: such layers need 1.
+            `density` alone would leave it fewer; kernels come whole, and other groups are left. A unit with neither
+            inputs nor bias in front of a norm and a ReLU is zero for good, because no gradient comes through: such
+            layers need 1.
 
     Returns:
         `model`.
@@ -85,6 +86,10 @@ def sparse_init_(
         mask = _draw_mask(weight.shape, density, groups if fit else None, generator, device)
         if min_inputs and not fit:
             _connect_(mask, layer.module, min_inputs, generator)
+        elif min_inputs and groups == "kernels":
+            kernels = mask.flatten(2).any(2)
+            _connect_(kernels, layer.module, math.ceil(min_inputs / weight[0, 0].numel()), generator)
+            mask = kernels.view(*kernels.shape, *[1] * (weight.dim() - 2)).expand(weight.shape)
         std = gain / math.sqrt(fan_in(layer.module, weight) * float(mask.float().mean()))
         values = torch.empty(weight.shape, device=device).normal_(0, std, generator=generator)
         # `where`, not a product: −x·0 is a negative zero.
