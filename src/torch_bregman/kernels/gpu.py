@@ -91,7 +91,8 @@ def step(
                 s = tl.load(second, inside, 0.0)
                 s = beta2 * s + (1 - beta2) * g * g
                 tl.store(second, s, inside)
-                x -= _number(row, 20, DUAL) * theta
+                if RULE == "ADAMW":
+                    x -= _number(row, 20, DUAL) * theta
                 x += _number(row, 17, DUAL) * m / (tl.sqrt(s) / _number(row, 16, DUAL) + eps)
             tl.store(first, m, inside)
     if PRIMAL:

@@ -40,7 +40,7 @@ AHEAD = 32  # lines
 ROTATION = 64
 
 # What moves v. HOLD leaves it, so that only θ is written.
-HOLD, PLAIN, PAPER, SGD, NESTEROV, ADAM = range(6)
+HOLD, PLAIN, PAPER, SGD, NESTEROV, ADAM, ADAMW = range(7)
 # DUAL: v is moved and θ left to a prox that needs more than one entry. BOTH: θ = δ·(v − clamp(v, low, high)) as well.
 # PRIMAL: there is no v, θ moves and is thresholded (ProxSGD).
 DUAL, BOTH, PRIMAL = range(3)
@@ -73,7 +73,7 @@ def _moved(rule, x, g, m, s, i, a, b, b2, w2, eps, root, pace):
         y = load(m, i) * b + g
         store(m, i, y)
         return fma(a, fma(b, y, g), x)
-    if rule == ADAM:
+    if rule >= ADAM:
         y = load(m, i)
         y = fma(a, g - y, y)
         z = fma(w2 * g, g, load(s, i) * b2)
@@ -111,8 +111,8 @@ def _lines(rule, mode, count, p, g, v, m, s, live, c, look, spare, flags):
     low, high, delta = splat(T(c[LOW])), splat(T(c[HIGH])), splat(T(c[DELTA]))
     b, b2, w2 = splat(T(c[BETA1])), splat(T(c[BETA2])), splat(T(1 - c[BETA2]))
     eps, root, pace = splat(T(c[EPS])), splat(T(1 / c[ROOT])), splat(T(c[PACE]))
-    a = splat(T((1 - c[BETA1]) * c[LR] if rule == PAPER else (1 - c[BETA1] if rule == ADAM else -c[LR])))
-    shrink, decoupled = splat(T(-c[SHRINK])), c[SHRINK] != 0
+    a = splat(T((1 - c[BETA1]) * c[LR] if rule == PAPER else (1 - c[BETA1] if rule >= ADAM else -c[LR])))
+    shrink = splat(T(-c[SHRINK]))
     decay, sign, zero = splat(T(c[DECAY])), splat(T(c[SIGN])), splat(T(0))
     inside = splat(T(1 - 4 * np.finfo(p.dtype).eps))
     one_sided = c[LOW] == -np.inf
@@ -136,7 +136,7 @@ def _lines(rule, mode, count, p, g, v, m, s, live, c, look, spare, flags):
             d = load(g, i)
             if not plain:
                 d = fma(decay, load(p, i), sign * d)
-            if rule == ADAM and decoupled:
+            if rule == ADAMW:
                 x = fma(shrink, load(p, i), x)
             x = _moved(rule, x, d, m, s, i, a, b, b2, w2, eps, root, pace)
         if mode == PRIMAL:
@@ -226,14 +226,14 @@ def step(name, rule, mode):
                     _padded(h, rest, g[e:], rule != HOLD)
                     _padded(u, rest, v[e:], mode != PRIMAL)
                     _padded(k, rest, m[e:], rule >= PAPER)
-                    _padded(r, rest, s[e:], rule == ADAM)
+                    _padded(r, rest, s[e:], rule >= ADAM)
                 if _lines(rule, mode, count, q, h, u, k, r, live[part * whole :], numbers[t], look, spare, flags):
                     job[EDITED] = 1
                 if part == 1:
                     _unpadded(p[e:], rest, q, mode != DUAL)
                     _unpadded(v[e:], rest, u, mode != PRIMAL)
                     _unpadded(m[e:], rest, k, rule >= PAPER)
-                    _unpadded(s[e:], rest, r, rule == ADAM)
+                    _unpadded(s[e:], rest, r, rule >= ADAM)
 
         denormals_are_zero(word)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from . import gpu
-from .base import BregmanOptimizer, as_float, check_number
+from .base import BregmanOptimizer, as_float, check_number, decays
 from .fused import Plan
 
 
@@ -105,7 +105,9 @@ class AdaBreg(BregmanOptimizer):
         corrections = {k: ((1 - beta2**k) ** 0.5, -(lr / (1 - beta1**k))) for k in set(steps)}
         root, pace = zip(*[corrections[k] for k in steps], strict=True)
         plan.set(ROOT=root, PACE=pace)
-        return "ADAM"
+        _, decoupled = decays(group)
+        plan.set(SHRINK=decoupled)
+        return "ADAMW" if decoupled else "ADAM"
 
 
 def count_up(states: list[dict[str, Any]]) -> list[float]:

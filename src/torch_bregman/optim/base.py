@@ -259,8 +259,7 @@ class BregmanOptimizer(Optimizer):
 
     def _elementwise(self, plan: fused.Plan | gpu.Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
         """Give the plan v and the prox as numbers. False where the prox needs more than one entry at a time."""
-        coupled, decoupled = decays(group)
-        plan.set(DECAY=coupled, SHRINK=decoupled, SIGN=-1.0 if group["maximize"] else 1.0)
+        plan.set(DECAY=decays(group)[0], SIGN=-1.0 if group["maximize"] else 1.0)
         plan.point("V", plan.buffer("dual"))
         lam, delta = [state["lam"] for state in plan.states], [state["delta"] for state in plan.states]
         asked = (group["lam"], group["delta"], lam, delta)
