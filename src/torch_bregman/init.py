@@ -88,7 +88,7 @@ def sparse_init_(
             _connect_(mask, layer.module, min_inputs, generator)
         elif min_inputs and groups == "kernels":
             kernels = mask.flatten(2).any(2)
-            _connect_(kernels, layer.module, math.ceil(min_inputs / weight[0, 0].numel()), generator)
+            _connect_(kernels, layer.module, math.ceil(min_inputs / math.prod(weight.shape[2:])), generator)
             mask = kernels.view(*kernels.shape, *[1] * (weight.dim() - 2)).expand(weight.shape)
         std = gain / math.sqrt(fan_in(layer.module, weight) * float(mask.float().mean()))
         values = torch.empty(weight.shape, device=device).normal_(0, std, generator=generator)
