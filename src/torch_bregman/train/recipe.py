@@ -218,8 +218,8 @@ class Recipe:
                 check_number(name, getattr(self, name))
         if self.decoupled_weight_decay and self.optimizer in ("linbreg", "proxsgd", "sgd"):
             raise ValueError(
-                f"Invalid `decoupled_weight_decay`: True; {self.optimizer} scales no gradients, so `weight_decay` "
-                "alone does the same."
+                f"Invalid `decoupled_weight_decay`: True; {self.optimizer} does not scale gradients one by "
+                "one, so give `weight_decay` alone."
             )
         check_number("momentum", self.momentum, high=1.0)
         check_number("delta", self.delta, strict=True)
