@@ -107,7 +107,7 @@ def test_the_first_scores_of_a_denoiser_are_about_those_of_the_mean_image(tmp_pa
 
 
 def test_no_filter_in_front_of_a_norm_starts_without_inputs():
-    """It would stay dead: the stem of a ResNet-18 had 15 of 64 filters at the end as at the start."""
+    """It would stay dead: the stem of a ResNet-18 ended with 14 of 64 filters."""
     for weight in started(Recipe(density=0.01), "resnet18", (3, 32, 32)):
         assert (weight != 0).flatten(1).any(1).all()
     for weight in started(Recipe(density=0.01), "convnet", (1, 28, 28)):  # has biases and no norm

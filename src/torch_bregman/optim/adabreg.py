@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from . import gpu
-from .base import BregmanOptimizer, as_float, check_number, decays
+from .base import BregmanOptimizer, as_float, check_number, decoupled_decay
 from .fused import Plan
 
 
@@ -105,7 +105,7 @@ class AdaBreg(BregmanOptimizer):
         corrections = {k: ((1 - beta2**k) ** 0.5, -(lr / (1 - beta1**k))) for k in set(steps)}
         root, pace = zip(*[corrections[k] for k in steps], strict=True)
         plan.set(ROOT=root, PACE=pace)
-        _, decoupled = decays(group)
+        decoupled = decoupled_decay(group)
         plan.set(SHRINK=decoupled)
         return "ADAMW" if decoupled else "ADAM"
 

@@ -259,7 +259,7 @@ class BregmanOptimizer(Optimizer):
 
     def _elementwise(self, plan: fused.Plan | gpu.Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
         """Give the plan v and the prox as numbers. False where the prox needs more than one entry at a time."""
-        plan.set(DECAY=decays(group)[0], SIGN=-1.0 if group["maximize"] else 1.0)
+        plan.set(DECAY=coupled_decay(group), SIGN=-1.0 if group["maximize"] else 1.0)
         plan.point("V", plan.buffer("dual"))
         lam, delta = [state["lam"] for state in plan.states], [state["delta"] for state in plan.states]
         asked = (group["lam"], group["delta"], lam, delta)
@@ -316,7 +316,7 @@ class BregmanOptimizer(Optimizer):
         states = [state for _, state, _ in own]
         for part, state, on_part in own:
             self._follow(part, state, group, on_part)
-        duals, (_, decoupled) = [state["dual"] for state in states], decays(group)
+        duals, decoupled = [state["dual"] for state in states], decoupled_decay(group)
         if decoupled != 0:  # of v, because θ itself is written anew
             weights = [part.to(dual.dtype) for (part, _, _), dual in zip(own, duals, strict=True)]
             torch._foreach_sub_(duals, torch._foreach_mul(weights, decoupled))
@@ -379,7 +379,7 @@ class BregmanOptimizer(Optimizer):
         grad = local(grad).to(dual_dtype(p))
         if group["maximize"]:
             grad = -grad
-        coupled, _ = decays(group)
+        coupled = coupled_decay(group)
         if coupled != 0:
             grad = grad.add(local(p), alpha=coupled)  # after the prox it would be overwritten
         return grad
@@ -504,10 +504,14 @@ def as_float(lr: float | Tensor) -> float:
     return lr.item() if isinstance(lr, Tensor) else lr
 
 
-def decays(group: dict[str, Any]) -> tuple[float, float]:
-    """What a weight adds to its gradient, and what it takes off its v, as shares of the weight."""
-    decay = group["weight_decay"]
-    return (0.0, as_float(group["lr"]) * decay) if group.get("decoupled_weight_decay") else (decay, 0.0)
+def coupled_decay(group: dict[str, Any]) -> float:
+    """ω: what a weight adds to its gradient, as a share of the weight."""
+    return 0.0 if group.get("decoupled_weight_decay") else group["weight_decay"]
+
+
+def decoupled_decay(group: dict[str, Any]) -> float:
+    """τω: what a weight takes off its v, as a share of the weight."""
+    return as_float(group["lr"]) * group["weight_decay"] if group.get("decoupled_weight_decay") else 0.0
 
 
 def primal(dual: Tensor, reg: Regularizer | None, lam: float | Tensor, delta: float | Tensor) -> Tensor:
