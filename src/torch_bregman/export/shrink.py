@@ -16,14 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..distributed import require_whole
 from ..optim.base import BregmanOptimizer
-from ..regularizers import Grouped, NuclearNorm
 from ..restriction.attention import Attention, live_heads
 from ..restriction.compact import Slice, take
 from ..restriction.graph import Call, Graph, Untraceable, oriented, still
 from ..restriction.heads import Edit
-from ..restriction.support import elementwise
 from ..restriction.unused import LAST, LAYERS, TRANSPOSED, Unused, mixes
-from .cut_groups import without
 
 TOLERANCE = 1e-5  # of the largest output; in float64, so what is left is the rounding of folded constants
 SINGULAR = 1e-6  # of the largest singular value: what is smaller is zero
@@ -595,7 +592,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 def _is_nuclear(optimizer: torch.optim.Optimizer) -> list[bool]:
-    return [isinstance(reg, NuclearNorm) for reg in getattr(optimizer, "regularizers", [])]
+    return [reg is not None and reg.unit == "rank" for reg in getattr(optimizer, "regularizers", [])]
 
 
 def _follow(optimizer: torch.optim.Optimizer, model: nn.Module, scissors: _Scissors) -> torch.optim.Optimizer:
@@ -618,12 +615,11 @@ def _follow(optimizer: torch.optim.Optimizer, model: nn.Module, scissors: _Sciss
             for part in parts:
                 own = {k: _restrict(v, part) if k in ("lam", "delta") else v for k, v in options.items()}
                 state.append((part.small, part, optimizer.state.get(p, {})))
-                if reg is None or elementwise(reg):
+                if reg is None or reg.elementwise:
                     together.append(part.small)
                     continue
-                if isinstance(reg, Grouped):
-                    cut: Any = without(reg, part, optimizer.state.get(p, {}).get("dual"), group["lam"])
-                else:
+                cut = reg.cut(part, optimizer.state.get(p, {}).get("dual"), group["lam"])
+                if cut is None:
                     cut = reg
                     scissors.notes.append(f"{reg!r} goes on with what is left of {names[id(p)]}.")
                 groups.append({"params": [part.small], **own, "regularizer": cut})

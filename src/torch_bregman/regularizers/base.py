@@ -1,0 +1,162 @@
+"""What J is. A regulariser is J = λ·J₁ with λ held by the optimizer; here is J₁, as a few small methods.
+
+Your own is a subclass of `Regularizer` with `value`, `prox` and `subgradient`; everything else has a default that works
+for it (see CONTRIBUTING.md). What it may say of itself beyond that stands in `traits.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..distributed import Shards
+from .traits import Lam, Traits
+
+
+class Regularizer(Traits):
+    """A convex J = λ·J₁ on one weight tensor. All results are shaped like the weight, except `value` (a scalar)."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Notes the arguments, for `repr`. A copy gets them with the rest of its attributes."""
+        self = super().__new__(cls)
+        self.__dict__["_arguments"] = (args, kwargs)
+        return self
+
+    def __repr__(self) -> str:
+        """Class name and arguments: by this text `load_state_dict` knows whether a run goes on with the same J."""
+        args, kwargs = self.__dict__.get("_arguments", ((), {}))
+        given = inspect.signature(type(self)).bind(*args, **kwargs)
+        given.apply_defaults()
+        shown = [f"{name}={_argument(value)}" for name, value in given.arguments.items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    # ---- what you write
+
+    def value(self, weight: Tensor, lam: Lam = 1.0) -> Tensor:
+        """J(θ) = λ·J₁(θ)."""
+        raise NotImplementedError
+
+    def prox(self, x: Tensor, step: Lam) -> Tensor:
+        """argmin_z  step·J₁(z) + ‖z − x‖²/2, where an optimizer passes step = δ·λ. Zeros come out exactly zero."""
+        raise NotImplementedError
+
+    def subgradient(self, weight: Tensor) -> Tensor:
+        """An element of ∂J₁(θ), zero wherever zero is allowed: the p of a start that remembers nothing."""
+        raise NotImplementedError
+
+    # ---- what follows from it
+
+    def nearest_subgradient(self, weight: Tensor, near: Tensor) -> Tensor:
+        """The element of ∂J₁(θ) closest to `near`: keeps what the dual remembers about weights that are zero."""
+        # near − prox(near, 1) projects on ∂J₁(0) for a homogeneous J (Moreau), and leads there for any other.
+        for _ in range(1 if self.homogeneous else 100):
+            outside = self.prox(near, 1.0)
+            near = near - outside
+            if not self.homogeneous and not bool(outside.any()):
+                break
+        fresh = self.subgradient(weight)
+        p = torch.where(weight == 0, near, fresh)
+        # θ = prox(θ + p, 1) says that p ∈ ∂J₁(θ). A zero in a live group may hold nothing, for example.
+        revived = (weight == 0) & (self.prox(weight + p * (1 - 4 * torch.finfo(p.dtype).eps), 1.0) != 0)
+        return torch.where(revived, fresh, p)
+
+    def thresholds(self, v: Tensor) -> Tensor:
+        """For every entry the smallest λ at which prox(v, λ) is zero there: θ ≠ 0 while λ is below, to rounding.
+
+        The default bisects entry by entry, for a J whose entries stand alone; groups need their own.
+        """
+        high = torch.full_like(v, max(float(v.abs().max()), 1e-30)) if v.numel() else v.clone()
+        for _ in range(40):
+            alive = self.prox(v, float(high.max()) if high.numel() else 1.0) != 0
+            if not bool(alive.any()):
+                break
+            high = high * 2
+        return bisect(lambda lam: self.prox(v, lam) != 0, torch.zeros_like(v), high)
+
+    def lambda_max(self, v: Tensor) -> Tensor:
+        """The smallest λ at which prox(v, λ) is zero everywhere (the dual norm of `v` for a norm), a scalar tensor."""
+        return self.thresholds(v).max() if v.numel() else v.sum()
+
+    def alive(self, weight: Tensor) -> Tensor:
+        """The share of `weight` that is alive, a scalar tensor: non-zero over all entries."""
+        return torch.count_nonzero(weight) / max(weight.numel(), 1)
+
+    def on_shards(self, shards: Shards) -> Regularizer:
+        """J on one rank's part of a DTensor: itself where entries stand alone, else it gathers the weight every time.
+
+        They stand alone where `unit` says so or a class defines `coupled`; one whose `coupled` links entries defines
+        this method as well.
+        """
+        alone = self.unit == "entry" or type(self).coupled is not Traits.coupled
+        return self if alone else Gathered(self, shards)
+
+
+class Gathered(Regularizer):
+    """A J that needs the whole weight, on one rank's part of it. All ranks compute the same and keep their parts."""
+
+    shards: Shards
+
+    def __init__(self, whole: Regularizer, shards: Shards) -> None:
+        self.J, self.shards = whole, shards
+        self.homogeneous, self.prox_every, self.costly = whole.homogeneous, whole.prox_every, whole.costly
+
+    def prox(self, x: Tensor, step: Lam) -> Tensor:
+        return self.shards.part(self.J.prox(self.shards.whole(x), step))
+
+    def subgradient(self, weight: Tensor) -> Tensor:
+        return self.shards.part(self.J.subgradient(self.shards.whole(weight)))
+
+    def nearest_subgradient(self, weight: Tensor, near: Tensor) -> Tensor:
+        return self.shards.part(self.J.nearest_subgradient(self.shards.whole(weight), self.shards.whole(near)))
+
+    def coupled(self, mask: Tensor) -> Tensor:
+        return self.shards.part(self.J.coupled(self.shards.whole(mask)))
+
+    def thresholds(self, v: Tensor) -> Tensor:
+        return self.shards.part(self.J.thresholds(self.shards.whole(v)))
+
+    def alive(self, weight: Tensor) -> Tensor:
+        return self.J.alive(self.shards.whole(weight))
+
+
+def check_regularizer(regularizer: Any) -> None:
+    """ValueError unless it is None or has the methods of a regulariser."""
+    if isinstance(regularizer, type):
+        raise ValueError(f"Invalid `regularizer`: the class {regularizer.__name__}; expected an object, add ().")
+    if regularizer is not None and not isinstance(regularizer, Regularizer):
+        raise ValueError(f"Invalid `regularizer`: {regularizer!r}; expected a tb.Regularizer such as tb.L1(), or None.")
+
+
+def bisect(alive: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """Per entry, the λ in [low, high] where `alive(λ)` turns false, to the last float."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        up = alive(middle)
+        low, high = torch.where(up, middle, low), torch.where(up, high, middle)
+    return high
+
+
+def broadcasts(small: torch.Size, large: torch.Size) -> bool:
+    """Whether a tensor of shape `small` broadcasts to exactly `large`."""
+    try:
+        return torch.empty(small, device="meta").expand(large).shape == large
+    except RuntimeError:
+        return False
+
+
+def fingerprint(index: Tensor) -> str:
+    """Shape and checksum of a tensor, so that two of one shape are told apart."""
+    values = index.detach().cpu().contiguous()
+    return f"{tuple(index.shape)} {zlib.crc32(values.view(torch.uint8).numpy().tobytes()):08x}"
+
+
+def _argument(value: Any) -> str:
+    """`repr`, but the same in every process: without addresses, and with what a tensor holds."""
+    if isinstance(value, Tensor):
+        return f"<tensor {fingerprint(value)}>"
+    return getattr(value, "__qualname__", None) or repr(value)
