@@ -1,9 +1,11 @@
-"""A name that must be one of several."""
+"""A name that must be one of several, or that says where a function of the user's own is."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 def choose(what: str, name: str, options: Iterable[str]) -> str:
@@ -14,3 +16,12 @@ def choose(what: str, name: str, options: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     raise ValueError(f"Invalid `{what}`: {name!r}; expected one of {', '.join(map(repr, known))}{hint}")
+
+
+def imported(what: str, name: str) -> Callable[..., Any]:
+    """The function that "package.module:function" names, else a ValueError."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"Invalid `{what}`: {name!r}; expected package.module:function ({error}).") from None

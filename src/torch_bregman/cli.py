@@ -78,7 +78,8 @@ def train(
     Parameters
     ----------
     dataset
-        digits, mnist, fashion-mnist, cifar10, or a path: an .npz with your arrays, or a folder of images.
+        digits, mnist, fashion-mnist, cifar10; a path: an .npz with your arrays, or a folder of images; or
+        package.module:function of your own, which returns a dict of arrays as in such an .npz.
     compare
         Train the dense twin too, with Adam, and show both.
     data_root
@@ -517,7 +518,8 @@ def new_run(out: Path | None, recipe: Recipe, data_root: Path | None, compare: b
         run = out
     else:
         goal = f"{recipe.density:.4g}" if recipe.density else "dense" if recipe.lam is None else f"lam{recipe.lam:g}"
-        stem = f"{Path(recipe.dataset).stem}-{recipe.model.rpartition(':')[2]}-{recipe.optimizer}-{goal}"
+        data, model = (name.rpartition(":")[2] for name in (recipe.dataset, recipe.model))
+        stem = f"{Path(data).stem}-{model}-{recipe.optimizer}-{goal}"
         number = 1
         while (run := Path("runs") / (stem if number == 1 else f"{stem}-{number}")).exists():
             number += 1

@@ -1,14 +1,19 @@
-"""The user's own arrays: a `.npz` with x_train, y_train and, if wanted, x_val, y_val, x_test, y_test; or with x, y."""
+"""The user's own arrays: x_train, y_train and, if wanted, x_val, y_val, x_test, y_test; or x, y.
+
+They stand in a `.npz`, or a function of the user's own returns them.
+"""
 
 from __future__ import annotations
 
 import difflib
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from torch_bregman.choices import imported
 from torch_bregman.data.errors import DataError
 from torch_bregman.data.normalise import Array, pieces
 from torch_bregman.data.splits import Pair, Raw
@@ -22,7 +27,22 @@ def read(path: Path) -> Raw:
     x: uint8 or float, [N, F], [N, H, W], [N, C, H, W] or [N, H, W, C]; the last only where C is 1 to 4 and the second
     axis is not. y: integers [N]; the classes are the labels that occur, in ascending order. No pickle is ever read.
     """
-    arrays = read_arrays(path)
+    return check(path, path.stem, read_arrays(path))
+
+
+def call(name: str) -> Raw:
+    """The arrays that the function "package.module:function" returns by name; the rules are those of `read`."""
+    try:
+        made = imported("dataset", name)()
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    if not isinstance(made, Mapping):
+        raise DataError(f"{name}: returned {type(made).__name__}; expected a dict of arrays, x_train, y_train, ….")
+    return check(name, name.rpartition(":")[2], {key: np.asarray(array) for key, array in made.items()})
+
+
+def check(path: Path | str, title: str, arrays: dict[str, Array]) -> Raw:
+    """The data set in `arrays`, which come from `path`."""
     names = ("x", "y") if "x" in arrays and "x_train" not in arrays else ("x_train", "y_train")
     train = read_pair(path, arrays, *names)
     if train is None:
@@ -46,7 +66,7 @@ def read(path: Path) -> Raw:
         raise DataError(f"{path}: {names[1]} holds only the label {labels[0]}; expected at least two classes.")
     pairs = {kind: (x, np.searchsorted(labels, y)) for kind, (x, y) in pairs.items()}
     classes = tuple(map(str, labels.tolist()))
-    return Raw(path.stem, pairs["train"], classes, validation=pairs.get("val"), test=pairs.get("test"))
+    return Raw(title, pairs["train"], classes, validation=pairs.get("val"), test=pairs.get("test"))
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
@@ -68,7 +88,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
         ) from error
 
 
-def read_pair(path: Path, arrays: dict[str, Array], x_name: str, y_name: str) -> Pair | None:
+def read_pair(path: Path | str, arrays: dict[str, Array], x_name: str, y_name: str) -> Pair | None:
     """The checked arrays `x_name`, as [N, F] or [N, C, H, W], and `y_name`; None where neither is there."""
     if x_name not in arrays and y_name not in arrays:
         return None

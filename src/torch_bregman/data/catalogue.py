@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,8 @@ def load(
 ) -> Dataset:
     """The data set `name`, in memory, normalised, split in three.
 
-    `name`: one of `names()`, or the path of a `.npz` file or of an image folder (./mnist is a folder, mnist is MNIST).
+    `name`: one of `names()`, or the path of a `.npz` file or of an image folder (./mnist is a folder, mnist is MNIST),
+    or "package.module:function", which returns a dict of arrays as such a file holds them.
     `root`: a folder that holds the files already, one folder per data set; nothing is downloaded then. None: they are
     downloaded once, from their homes or from TORCH_BREGMAN_DATA_URL, and checked against known md5s.
     `cache`: where downloads and decoded files are kept; None: the user's cache folder.
@@ -59,6 +61,8 @@ def load(
         return assemble(folder.read(path), validation, limit)
     if path.suffix.lower() == ".npz":
         return assemble(arrays.read(path), validation, limit)
+    if ":" in name and not path.exists() and all(part.isidentifier() for part in re.split(r"[.:]", name)):
+        return assemble(arrays.call(name), validation, limit)
     known = f"expected one of {', '.join(READERS)}, or the path of a .npz file or of an image folder."
     if path.is_file() or os.sep in name or "/" in name:
         found = "a file of another kind" if path.is_file() else "which does not exist"

@@ -5,13 +5,12 @@ Add one: write such a function, put it into `MODELS`.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 
 from torch import nn
 
-from ..choices import choose
+from ..choices import choose, imported
 from .resnet import resnet18
 from .shapes import Shape, image_shape
 from .skip import densenet, skipencoder
@@ -80,12 +79,7 @@ def build(name: str, shape: Shape, classes: int) -> nn.Module:
     """
     if ":" not in name:
         return MODELS[choose("model", name, MODELS)](shape, classes)
-    module, _, function = name.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"Invalid `model`: {name!r}; expected package.module:function ({error}).") from None
-    model = make(shape, classes)
+    model = imported("model", name)(shape, classes)
     if not isinstance(model, nn.Module):
         raise ValueError(f"Invalid `model`: {name!r} returned {type(model).__name__}; expected a torch.nn.Module.")
     return model
