@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .choices import choose
 from .density import check_density
-from .distributed import Spread, is_sharded, local
+from .distributed import Spread, is_sharded, local, sum_over_parts
 from .layers import weight_layers
 from .optim import BregmanOptimizer
-from .optim.base import check_number, count_nonzero
+from .optim.base import check_number, count_nonzero, primal
 from .optim.fused import near_kth
-from .regularizers import NuclearNorm
+from .regularizers import NuclearNorm, turning_point
 
 WARM_UP = 200  # steps in which λ is looked for where none was given
 SETTLE_EVERY = 10  # steps between exact corrections at the end of a run
@@ -98,15 +98,20 @@ class Scope:
             factor = between(near[1:], kept - larger, larger)
             if factor is not None:
                 return factor
-        thresholds, params = [], []
+        thresholds, params, held = [], [], []
         for i, some in duals.items():
-            lam = optimizer.param_groups[i]["lam"]
+            lam, delta = optimizer.param_groups[i]["lam"], optimizer.param_groups[i]["delta"]
             unit = lam if _any_positive(lam) else 1.0
             for p in some:
                 _, reg = optimizer._part(p, optimizer.regularizers[i])
                 assert reg is not None
+                v = local(optimizer.state[p]["dual"])
                 params.append(p)
-                thresholds.append((reg.thresholds(local(optimizer.state[p]["dual"])) / unit).flatten())
+                held.append((v, reg, unit, delta))
+                if reg.closed_form:
+                    thresholds.append((reg.thresholds(v) / unit).flatten())
+        if len(thresholds) < len(params):
+            return _factor_by_trial(held, params, kept)
         return _threshold(thresholds, params, kept)
 
     def prune(self, optimizer: BregmanOptimizer, target: float) -> None:
@@ -119,7 +124,8 @@ class Scope:
                     assert reg is not None
                     params.append(p)
                     parts.append(part)
-                    values.append(reg.thresholds(part.detach().float()).flatten())
+                    weight = part.detach().float()
+                    values.append((reg.thresholds(weight) if reg.closed_form else weight.abs()).flatten())
         fixed = sum(count_nonzero(self.weights)) - sum(count_nonzero(params))
         smallest = _threshold(values, params, round(target * self.size) - fixed)
         with torch.no_grad():
@@ -374,6 +380,23 @@ def threshold_over_ranks(values: Spread, kept: int) -> float:
         below = values.largest_below(above)
         lam = above / 2 if below == -math.inf else half_way(below, above, values.dtype)
     return lam if lam > 0 else float(torch.finfo(values.dtype).tiny)
+
+
+def _factor_by_trial(duals: list[tuple[Any, ...]], tensors: list[Tensor], kept: int) -> float:
+    """The factor on λ that leaves `kept` weights, or as near a number as can be, where no threshold is known.
+
+    `duals`: v, J, λ and δ of each part of one of the `tensors`.
+    """
+
+    def alive(factor: float) -> int:
+        counts = [torch.count_nonzero(primal(v, reg, factor * lam, delta)) for v, reg, lam, delta in duals]
+        return int(sum_over_parts(torch.stack(counts), tensors).sum())
+
+    low, high = turning_point(lambda factor: alive(factor) > kept)
+    if high == 0:  # all are kept
+        return float(torch.finfo(torch.float32).tiny)
+    below, above = alive(high), alive(low)
+    return low if below == 0 or above - kept < kept - below else high
 
 
 def _threshold(parts: list[Tensor], tensors: list[Tensor], kept: int) -> float:

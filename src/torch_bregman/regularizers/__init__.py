@@ -1,6 +1,6 @@
 """The regularisers, one idea per file. `base.py` has the interface, `traits.py` what they may say of themselves."""
 
-from .base import Regularizer, bisect, broadcasts, check_regularizer
+from .base import Regularizer, bisect, broadcasts, check_regularizer, turning_point
 from .groups import GROUPS, CutGroups, Grouped, GroupL1, SparseGroupL1, group_dims
 from .l1 import L1, NonNegativeL1
 from .nuclear import NuclearNorm
@@ -24,4 +24,5 @@ __all__ = [
     "broadcasts",
     "check_regularizer",
     "group_dims",
+    "turning_point",
 ]

@@ -30,7 +30,9 @@ class Regularizer(Traits):
     def __repr__(self) -> str:
         """Class name and arguments: by this text `load_state_dict` knows whether a run goes on with the same J."""
         args, kwargs = self.__dict__.get("_arguments", ((), {}))
-        given = inspect.signature(type(self)).bind(*args, **kwargs)
+        if type(self).__init__ is object.__init__:  # it takes none
+            return f"{type(self).__name__}()"
+        given = inspect.signature(self.__init__).bind(*args, **kwargs)  # type: ignore[misc]
         given.apply_defaults()
         shown = [f"{name}={_argument(value)}" for name, value in given.arguments.items()]
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -68,7 +70,7 @@ class Regularizer(Traits):
     def thresholds(self, v: Tensor) -> Tensor:
         """For every entry the smallest λ at which prox(v, λ) is zero there: θ ≠ 0 while λ is below, to rounding.
 
-        The default bisects entry by entry, for a J whose entries stand alone; groups need their own.
+        The default bisects entry by entry, for a J whose entries stand alone and a prox that takes a tensor for λ.
         """
         high = torch.full_like(v, max(float(v.abs().max()), 1e-30)) if v.numel() else v.clone()
         for _ in range(40):
@@ -78,9 +80,16 @@ class Regularizer(Traits):
             high = high * 2
         return bisect(lambda lam: self.prox(v, lam) != 0, torch.zeros_like(v), high)
 
+    @property
+    def closed_form(self) -> bool:
+        """Whether `thresholds` is a formula. Otherwise whoever looks for a λ tries one after the other."""
+        return type(self).thresholds is not Regularizer.thresholds
+
     def lambda_max(self, v: Tensor) -> Tensor:
         """The smallest λ at which prox(v, λ) is zero everywhere (the dual norm of `v` for a norm), a scalar tensor."""
-        return self.thresholds(v).max() if v.numel() else v.sum()
+        if self.closed_form:
+            return self.thresholds(v).max() if v.numel() else v.sum()
+        return v.new_tensor(turning_point(lambda lam: bool(self.prox(v, lam).any()))[1])
 
     def alive(self, weight: Tensor) -> Tensor:
         """The share of `weight` that is alive, a scalar tensor: non-zero over all entries."""
@@ -120,6 +129,10 @@ class Gathered(Regularizer):
     def thresholds(self, v: Tensor) -> Tensor:
         return self.shards.part(self.J.thresholds(self.shards.whole(v)))
 
+    @property
+    def closed_form(self) -> bool:
+        return self.J.closed_form
+
     def alive(self, weight: Tensor) -> Tensor:
         return self.J.alive(self.shards.whole(weight))
 
@@ -139,6 +152,24 @@ def bisect(alive: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tens
         up = alive(middle)
         low, high = torch.where(up, middle, low), torch.where(up, high, middle)
     return high
+
+
+def turning_point(holds: Callable[[float], bool], start: float = 1.0) -> tuple[float, float]:
+    """Two neighbouring numbers, or nearly so: for the smaller one `holds` is true, for the larger one false.
+
+    `holds` is true up to some positive number and false from there on. (0, 0) where it is never true.
+    """
+    low, high = 0.0, start
+    while high < 1e300 and holds(high):
+        low, high = high, 2 * high
+    while low == 0.0 and high > 1e-300 and not holds(high / 2):
+        high /= 2
+    if high <= 1e-300:
+        return 0.0, 0.0
+    low = low or high / 2
+    while (middle := (low + high) / 2) not in (low, high) and high - low > 1e-15 * high:
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low, high
 
 
 def broadcasts(small: torch.Size, large: torch.Size) -> bool:
