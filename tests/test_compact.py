@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_bregman.models.resnet import ResNet
+from torch_bregman.network.graph import Graph, Untraceable
 from torch_bregman.restriction.compact import Compact, convolve
-from torch_bregman.restriction.graph import Graph, Untraceable
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SEEDS = range(3)

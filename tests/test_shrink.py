@@ -15,7 +15,7 @@ import torch_bregman as tb
 from torch_bregman.export.shrink import compact
 from torch_bregman.models import convnet
 from torch_bregman.models.resnet import ResNet
-from torch_bregman.restriction.attention import Attention
+from torch_bregman.network.attention import Attention
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)

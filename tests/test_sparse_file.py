@@ -29,7 +29,7 @@ import torch_bregman as tb
 from torch_bregman.export import patterns
 from torch_bregman.export.file import METADATA, Saved, load_sparse, read_sparse, save_sparse
 from torch_bregman.export.kinds import KINDS, Kind, describe
-from torch_bregman.restriction.attention import Attention
+from torch_bregman.network.attention import Attention
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import is_sharded
+from .network.graph import Graph, Untraceable
 from .optim import AdaBreg, BregmanOptimizer
 from .optim.base import check_number, primal
 from .regularizers import L1, Grouped, Regularizer
 from .restriction import Support, beyond, elementwise, restricted_regularizer, separable, support
 from .restriction import choice as choosing
 from .restriction.choice import Choice, Timings
-from .restriction.graph import Graph, Untraceable
 from .restriction.layers import Layer, Live, Seen, Watch, chains, form_of
 from .restriction.missed import make_up
 from .restriction.narrow import Narrow, Whole

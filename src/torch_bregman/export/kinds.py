@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..restriction.attention import Attention
+from ..network.attention import Attention
 
 LARGEST = 1 << 31  # of an argument of a module
 DEPTH = 64  # of a module in the network

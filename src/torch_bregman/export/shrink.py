@@ -7,24 +7,26 @@ import copy
 import inspect
 import operator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ..distributed import require_whole
+from ..network import kinds
+from ..network.graph import Graph
+from ..network.heads import Edit
+from ..network.kinds import Kept
+from ..network.removable import LAST, RemovableChannels
+from ..network.trace import STEPPED, Untraceable, without_noise
+from ..network.walk import Call
 from ..optim.base import BregmanOptimizer
-from ..restriction.attention import Attention, live_heads
 from ..restriction.compact import Slice, take
-from ..restriction.graph import Call, Graph, Untraceable, oriented, still
-from ..restriction.heads import Edit
-from ..restriction.unused import LAST, LAYERS, TRANSPOSED, Unused, mixes
 
 TOLERANCE = 1e-5  # of the largest output; in float64, so what is left is the rounding of folded constants
 SINGULAR = 1e-6  # of the largest singular value: what is smaller is zero
-ROOTS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)  # followed where another module calls them
 TRIALS = 2  # random inputs beside the example
 
 
@@ -121,7 +123,7 @@ def shrink(
 
     The outputs are compared on the example and on random inputs of the same shapes. `model` is not changed; what comes
     out has weights of its own, consists of modules of torch.nn (where heads were removed from nn.MultiheadAttention,
-    of `torch_bregman.restriction.attention.Attention`), and keeps training flags, `requires_grad`, dtypes and devices.
+    of `torch_bregman.network.attention.Attention`), and keeps training flags, `requires_grad`, dtypes and devices.
     Where the number of heads, or the size of a view, stands in the network's code, it is a torch.fx.GraphModule.
 
     Args:
@@ -145,7 +147,7 @@ def shrink(
     require_whole(model, "tb.shrink")
     if optimizer is not None:
         _check_optimizer(model, optimizer)
-    if isinstance(model, ROOTS) and len(inputs) == 1:
+    if isinstance(model, STEPPED) and len(inputs) == 1:
         whole = shrink(nn.Sequential(model), inputs, optimizer)
         rows = [replace(row, name=row.name.partition(".")[2]) for row in whole.report.rows]
         return Shrunk(whole.model.get_submodule("0"), whole.optimizer, replace(whole.report, rows=rows), whole.parts)
@@ -217,9 +219,8 @@ class _Scissors:
         self.layers: dict[str, dict[str, Any]] = {}  # what is known for the rows of the report
         # Every module of the original, and the one of the copy that is cut.
         self.twins = {name: (old, self.model.get_submodule(name)) for name, old in model.named_modules()}
-        kinds = (*LAYERS, nn.Embedding, nn.MultiheadAttention)
         for name, module in self.model.named_modules():
-            if type(module) in kinds:
+            if kinds.of(module).reported:
                 self.layers[name] = {"kind": type(module).__name__, "before": _sizes(module), "reason": "", "kept": 0}
 
     def finish(self) -> None:
@@ -252,11 +253,12 @@ class _Scissors:
         `owner`, `target`: where the part goes, if not in its old place.
         """
         old, new = self.twins[name]
-        full = getattr(old, parameter)
+        inside, _, leaf = parameter.rpartition(".")
+        full = getattr(old.get_submodule(inside), leaf)
         if full is None:
             return
         part = take(full.detach(), index) if value is None else value.to(full.detach())
-        owner, target = owner or new, target or parameter
+        owner, target = owner or new, target or leaf
         if isinstance(full, nn.Parameter):
             setattr(owner, target, nn.Parameter(part, requires_grad=full.requires_grad))
             self.parts.setdefault(full, []).append(Slice(full, getattr(owner, target), index))
@@ -268,14 +270,15 @@ class _Scissors:
     @torch.no_grad()
     def heads(self, inputs: tuple[Tensor, ...]) -> None:
         """Attention without the heads that do not count."""
-        names = [name for name, known in self.layers.items() if known["kind"] == "MultiheadAttention"]
+        names = [name for name in self.layers if kinds.of(self.twins[name][0]).has_heads]
         asked = None
         if names:
             with contextlib.suppress(Untraceable):
                 asked = _asked_for_weights(Graph(self.model, inputs))
         for name in names:
             old, known = self.twins[name][0], self.layers[name]
-            alive = live_heads(old)
+            kind = kinds.of(old)
+            alive = kind.live_heads(old)
             if alive is None:
                 known["reason"] = "has a bias or zeros among its keys"
             elif not alive.all():
@@ -287,34 +290,7 @@ class _Scissors:
                 if dead == len(alive):
                     alive[0] = True
                     known.update(kept=1, reason=LAST)
-                self._attention(name, old, alive)
-
-    def _attention(self, name: str, old: Any, alive: Tensor) -> None:
-        width, head = old.embed_dim, old.head_dim
-        rows = alive.repeat_interleave(head).nonzero().view(-1)
-        gone = (~alive).repeat_interleave(head).nonzero().view(-1)
-        small = Attention(
-            width, int(alive.sum()), head, key_width=old.kdim, value_width=old.vdim,
-            bias=old.in_proj_bias is not None, dropout=old.dropout, batch_first=old.batch_first,
-        ).to(old.out_proj.weight)  # fmt: skip
-        for i, layer in enumerate(("query", "key", "value")):
-            owner, at = getattr(small, layer), rows + i * width
-            if old.in_proj_weight is not None:
-                self.cut(name, "in_proj_weight", at, owner=owner, target="weight")
-            else:
-                self.cut(name, f"{'qkv'[i]}_proj_weight", rows, owner=owner, target="weight")
-            self.cut(name, "in_proj_bias", at, owner=owner, target="bias")
-        out, shift = old.out_proj, None
-        if old.in_proj_bias is not None:
-            bias = old.in_proj_bias.detach()[2 * width :][gone].double()
-            shift = out.weight.detach()[:, gone].double() @ bias
-        self.twins[f"{name}.out_proj"] = (out, small.out)
-        self.cut(f"{name}.out_proj", "weight", None, rows)
-        if out.bias is not None:
-            self.cut(f"{name}.out_proj", "bias", value=None if shift is None else out.bias.double() + shift)
-        else:
-            small.out.bias = None if shift is None else nn.Parameter(shift.to(out.weight))  # type: ignore[assignment]
-        self._replace(name, small)
+                self._replace(name, kind.with_heads(old, alive, partial(self.cut, name)))
 
     def _replace(self, name: str, module: nn.Module) -> None:
         if not name:
@@ -323,8 +299,7 @@ class _Scissors:
         parent, _, child = name.rpartition(".")
         owner: Any = self.model.get_submodule(parent)
         setattr(owner, child, module)
-        if isinstance(owner, nn.TransformerEncoderLayer):
-            owner.activation_relu_or_gelu = 0  # its fused path expects the attention that was there
+        kinds.of(owner).part_replaced(owner)
 
     # ---- units
 
@@ -335,10 +310,10 @@ class _Scissors:
             graph = Graph(self.model, inputs)
             nodes = graph.traced().nodes
             plain = sum(node.op == "placeholder" for node in nodes) == len(inputs)
-            walk = Unused(self.model, graph.traced(), rewrite=plain and not training, carry=self.carry)
+            walk = RemovableChannels(self.model, graph.traced(), rewrite=plain and not training, carry=self.carry)
             moving = self._moving(graph, walk) if training else None
             if moving is not None and len(moving):
-                walk = Unused(self.model, graph.traced(), moving)
+                walk = RemovableChannels(self.model, graph.traced(), moving)
         except Untraceable as error:
             self.notes.append(f"No units were removed: {error}")
             for known in self.layers.values():
@@ -348,7 +323,7 @@ class _Scissors:
             self._explain(walk, call)
         called = {call.name for call in walk.calls}
         for name, known in self.layers.items():
-            if name not in called and known["kind"] != "MultiheadAttention" and not known["reason"]:
+            if name not in called and not kinds.of(self.twins[name][0]).has_heads and not known["reason"]:
                 known["reason"] = "is called in another way than once with one tensor"
         for call in walk.calls:
             self._shorten(walk, call)
@@ -360,11 +335,11 @@ class _Scissors:
                 "out is a torch.fx.GraphModule of it as it computes in eval."
             )
 
-    def _moving(self, graph: Graph, walk: Unused) -> Tensor | None:
+    def _moving(self, graph: Graph, walk: RemovableChannels) -> Tensor | None:
         """Ids whose constants are others in training, where norms take the statistics of the batch."""
         self.model.train()
-        still(self.model, norms=False)
-        training = Unused(self.model, graph.traced())
+        without_noise(self.model, norms=False)
+        training = RemovableChannels(self.model, graph.traced())
         self.model.eval()
         if training.count != walk.count or len(training.calls) != len(walk.calls):
             return torch.arange(walk.count)
@@ -375,7 +350,7 @@ class _Scissors:
             moving.append(a.source.ids[a.source.constant & ~same])
         return torch.cat(moving)
 
-    def _explain(self, walk: Unused, call: Call) -> None:
+    def _explain(self, walk: RemovableChannels, call: Call) -> None:
         """Note how many dead units stay, and why."""
         if call.name not in self.layers:
             return
@@ -383,51 +358,22 @@ class _Scissors:
         reasons = walk.reason(kept)
         self.layers[call.name].update(kept=len(kept), reason="; ".join(dict.fromkeys(reasons)))
 
-    def _shorten(self, walk: Unused, call: Call) -> None:
+    def _shorten(self, walk: RemovableChannels, call: Call) -> None:
         module: Any = self.twins[call.name][1]
+        kind = kinds.of(module)
         gone = walk.gone[call.output.ids]
-        outputs = (~gone).nonzero().view(-1)
-        at = outputs if gone.any() else None
-        if mixes(call):
-            rows, columns, weight, shift = walk.fold(call)
-            if at is None and columns is None:
-                return
-            turned = isinstance(module, TRANSPOSED)
-            index, weight = ((columns, at), weight.transpose(0, 1)) if turned else ((at, columns), weight)
-            self.cut(call.name, "weight", *index, value=weight)
-            image = None if shift is None or shift.dim() == 1 else shift.to(module.weight)
-            shift = shift if image is None else None
-            if module.bias is not None:
-                bias = None if shift is None else module.bias.detach().cpu().double()[rows] + shift
-                self.cut(call.name, "bias", at, value=bias)
-            elif shift is not None:
-                module.bias = nn.Parameter(shift.to(module.weight), requires_grad=module.weight.requires_grad)
-            if isinstance(module, nn.Linear):
-                module.out_features, module.in_features = module.weight.shape
-            else:
-                module.out_channels, module.in_channels = oriented(module).shape[:2]
-            if image is not None:
-                self._replace(call.name, nn.Sequential(module, AddImage(image[None])))
-        elif at is None:
+        outputs = (~gone).nonzero().view(-1) if gone.any() else None
+        kept, image = Kept(outputs), None
+        if kind.mixes(module):
+            _, inputs, weight, shift = walk.fold(call)
+            if shift is not None and shift.dim() > 1:
+                image, shift = shift.to(module.weight), None
+            kept = Kept(outputs, inputs, weight, shift)
+        if kept.outputs is None and kept.inputs is None:
             return
-        elif isinstance(module, nn.Embedding):
-            self.cut(call.name, "weight", None, at)
-            module.embedding_dim = len(outputs)
-        elif isinstance(module, LAYERS):  # depthwise, or group by group
-            conv: Any = module
-            for name in ("weight", "bias"):
-                self.cut(call.name, name, at)
-            conv.groups = conv.groups * len(outputs) // conv.out_channels
-            conv.out_channels, conv.in_channels = len(outputs), conv.groups * conv.weight.shape[1]
-        elif isinstance(module, _BatchNorm):
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                self.cut(call.name, name, at)
-            module.num_features = len(outputs)
-        else:
-            for name in ("weight", "bias"):
-                self.cut(call.name, name, at)
-            module.num_groups = module.num_groups * len(outputs) // module.num_channels
-            module.num_channels = len(outputs)
+        kind.cut(module, kept, partial(self.cut, call.name))
+        if image is not None:
+            self._replace(call.name, nn.Sequential(module, AddImage(image[None])))
 
     # ---- ranks
 
@@ -437,23 +383,24 @@ class _Scissors:
         shared = [id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None]
         for name, known in self.layers.items():
             module: Any = self.model.get_submodule(name)
-            hooked = module._forward_hooks or module._forward_pre_hooks if isinstance(module, LAYERS) else True
-            if type(module) not in (nn.Linear, nn.Conv2d) or hooked or shared.count(id(module.weight)) > 1:
+            kind = kinds.of(module)
+            if not kind.mixes(module) or module._forward_hooks or module._forward_pre_hooks:
                 continue
-            if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
+            if shared.count(id(module.weight)) > 1 or self._by_name(name):
                 continue
-            if self._by_name(name):
-                continue
-            weight = module.weight.flatten(1)
+            weight = kind.matrix(module).flatten(1)
             rank = _rank(weight)
-            if rank and rank * sum(weight.shape) < int(weight.count_nonzero()):
-                self._replace(name, _factors(module, rank))
+            if not rank or rank * sum(weight.shape) >= int(weight.count_nonzero()):
+                continue
+            factors = kind.factors(module, rank)
+            if factors is not None:
+                self._replace(name, _factored(module, weight, *factors))
                 known["rank"] = rank
 
     def _by_name(self, name: str) -> bool:
         """Whether the module around it takes the weights themselves."""
         parent = self.model.get_submodule(name.rpartition(".")[0]) if "." in name else self.model
-        return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        return kinds.of(parent).reads_parts
 
 
 def _rewritten(code: fx.Graph, edits: list[Edit], gone: Tensor) -> fx.Graph:
@@ -478,15 +425,7 @@ def _sizes(module: Any) -> tuple[int, int]:
     """(outputs, inputs), (heads, width) or (columns, rows)."""
     if isinstance(module, nn.Sequential):
         return _sizes(module[-1])[0], _sizes(module[0])[1]
-    if isinstance(module, nn.MultiheadAttention):
-        return module.num_heads, module.embed_dim
-    if isinstance(module, Attention):
-        return module.heads, module.out.out_features
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, module.num_embeddings
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return module.out_channels, module.in_channels
+    return kinds.of(module).sizes(module)
 
 
 def _asked_for_weights(graph: Graph) -> set[str]:
@@ -507,28 +446,16 @@ def _rank(weight: Tensor) -> int | None:
     return int((values > SINGULAR * values[0]).sum())
 
 
-def _factors(module: Any, rank: int) -> nn.Sequential:
-    """Linear(r → out) ∘ Linear(in → r), or a convolution into r channels and one of single positions."""
-    weight = module.weight
-    u, s, v = torch.linalg.svd(weight.detach().flatten(1).double(), full_matrices=False)
+def _factored(module: Any, weight: Tensor, first: Any, second: Any) -> nn.Sequential:
+    """Two layers, V and then U with the bias, where UV is the weight of a layer."""
+    rank = len(first.weight)
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     root = s[:rank].sqrt()
-    u, v = u[:, :rank] * root, root[:, None] * v[:rank]
-    options = {"device": weight.device, "dtype": weight.dtype}
-    bias = module.bias is not None
-    first: Any
-    second: Any
-    if isinstance(module, nn.Linear):
-        first = nn.Linear(module.in_features, rank, bias=False, **options)
-        second = nn.Linear(rank, module.out_features, bias=bias, **options)
-    else:
-        where = (module.kernel_size, module.stride, module.padding, module.dilation)
-        first = nn.Conv2d(module.in_channels, rank, *where, bias=False, **options)
-        second = nn.Conv2d(rank, module.out_channels, 1, bias=bias, **options)
-    first.weight.copy_(v.view_as(first.weight))
-    second.weight.copy_(u.view_as(second.weight))
+    first.weight.copy_((root[:, None] * v[:rank]).view_as(first.weight))
+    second.weight.copy_((u[:, :rank] * root).view_as(second.weight))
     for p in (first.weight, second.weight):
-        p.requires_grad_(weight.requires_grad)
-    if bias:
+        p.requires_grad_(module.weight.requires_grad)
+    if module.bias is not None:
         second.bias = module.bias
     return nn.Sequential(first, second)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .graph import untouched
+from ..network.trace import leaving_unchanged
 from .layers import Form, Seen
 from .support import Support
 
@@ -66,7 +66,7 @@ class Timings:
         wanted = [p for p in parameters if p.requires_grad]
 
         def run() -> None:
-            with untouched(model), torch.enable_grad():
+            with leaving_unchanged(model), torch.enable_grad():
                 y = model(*inputs)
                 outputs = [t.sum() for t in tree_leaves(y) if isinstance(t, Tensor) and t.requires_grad]
                 torch.autograd.grad(outputs, wanted, allow_unused=True)
@@ -78,7 +78,7 @@ class Timings:
         """Seconds of a forward pass through a network that has this share of the parameters, which changes nothing."""
 
         def run() -> None:
-            with untouched(model):
+            with leaving_unchanged(model):
                 model.forward(*inputs)
                 if inputs[0].is_cuda:
                     torch.cuda.synchronize()

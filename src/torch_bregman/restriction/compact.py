@@ -14,7 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from .graph import Cut, Graph, still, untouched
+from ..network.graph import Cut, Graph
+from ..network.kinds.conv import is_miscomputed
+from ..network.trace import leaving_unchanged, without_noise
 
 
 @dataclass(eq=False)
@@ -68,18 +70,6 @@ def convolve(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
         down, right = module.stride
         return F.conv2d(x[..., ::down, ::right], weight, bias, groups=module.groups)
     return module._conv_forward(x, weight, bias)
-
-
-def is_miscomputed(module: nn.Module, weight: Tensor) -> bool:
-    """Whether oneDNN, on the CPU, may get the gradient of this weight wrong, or crash, on channels-last images.
-
-    Of a strided 1×1 convolution of fewer channels than a vector register takes (16 float32) it writes past its
-    workspace (its issue 6035). Networks become that narrow here: the shortcuts of a ResNet with few live filters.
-    """
-    if not isinstance(module, nn.Conv2d) or weight.device.type != "cpu":
-        return False
-    strided = module.stride != (1, 1) and module.padding in ((0, 0), "valid")
-    return strided and weight.shape[1] < 16 and weight.shape[2:] == (1, 1)
 
 
 class _Rows:
@@ -231,7 +221,7 @@ class Compact:
             part.prolong(part.small, part.full)
         for module, cut in self._norms:
             mean, variance, counter = module.running_mean, module.running_var, module.num_batches_tracked
-            if not module.training or mean is None or variance is None or cut.steady is None or steps == 0:
+            if not module.training or mean is None or variance is None or cut.norm_constants is None or steps == 0:
                 continue
             if module.momentum is None:  # the average of all batches so far
                 count = 0 if counter is None else int(counter)
@@ -241,7 +231,7 @@ class Compact:
             gone = torch.ones(len(mean), dtype=torch.bool)
             gone[cut.outputs] = False
             gone = gone.to(mean.device)
-            steady = cut.steady.to(mean)
+            steady = cut.norm_constants.to(mean)
             mean.copy_(torch.where(gone, steady + (mean - steady) * kept, mean))
             variance.copy_(torch.where(gone, variance * kept, variance))
 
@@ -250,11 +240,11 @@ class Compact:
 
         Both run in the mode that they are in, without gradients and without dropout; no state changes.
         """
-        with untouched(self.original, self.model):
-            still(self.original, self.model, norms=False)
+        with leaving_unchanged(self.original, self.model):
+            without_noise(self.original, self.model, norms=False)
             outputs = []
             for model in (self.original, self.model):
-                with untouched(model):
+                with leaving_unchanged(model):
                     outputs.append(tree_leaves(model(*[x.clone() for x in example_inputs])))
             pairs = [(a, b) for a, b in zip(*outputs, strict=True) if isinstance(a, Tensor) and a.numel()]
             return max((float((a - b).abs().max()) for a, b in pairs), default=0.0)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..network import kinds
+from ..network.graph import Cut, Graph
 from .compact import Compact, _shallow, convolve
-from .graph import Cut, Graph, constant_image, padded
 from .layers import Chain, Live, Watch
 from .support import Support
 
@@ -35,8 +36,8 @@ class _Narrow:
             gone = weight.index_select(1, self.gone)
             if gone.dim() == 2:
                 shift = gone @ self.fed
-            elif padded(self):
-                shift, border = None, constant_image(self, gone, self.fed, tuple(x.shape[2:]))
+            elif self.kind.padded(self):
+                shift, border = None, self.kind.constant_image(self, gone, self.fed, tuple(x.shape[2:]))
             else:
                 shift = gone.flatten(2).sum(2) @ self.fed
             if shift is not None:
@@ -111,6 +112,7 @@ class Narrow(Compact):
 
     def _layer(self, module: Any, cut: Cut) -> nn.Module:
         small: Any = _shallow(module, _KINDS[type(module)])
+        small.kind = kinds.of(module)
         device = module.weight.device
         if module.weight in self._given:
             self._own(small, "weight", self._given[module.weight])
@@ -129,10 +131,10 @@ class Narrow(Compact):
             inputs = cut.inputs.to(device)
             lost = torch.ones(module.weight.shape[1], dtype=torch.bool)
             lost[cut.inputs] = False
-            assert cut.fed is not None
-            if cut.fed.any():
-                gone = lost.nonzero().view(-1)[cut.fed != 0].to(device)
-                fed = cut.fed[cut.fed != 0].to(module.weight)
+            assert cut.input_constants is not None
+            if cut.input_constants.any():
+                gone = lost.nonzero().view(-1)[cut.input_constants != 0].to(device)
+                fed = cut.input_constants[cut.input_constants != 0].to(module.weight)
         for name, value in (("rows", rows), ("where", where), ("inputs", inputs), ("gone", gone), ("fed", fed)):
             small.register_buffer(name, value)
         return small

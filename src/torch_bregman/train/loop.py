@@ -32,9 +32,9 @@ from ..layers import weight_layers
 from ..models import build
 from ..models.skip import skips
 from ..multilevel import Multilevel
+from ..network.kinds.conv import is_miscomputed
 from ..report import weight_pattern
 from ..report.words import near
-from ..restriction.compact import is_miscomputed
 from ..rivals import Lasso, Rival, training_flops
 from .denoising import Denoising, denoises, start_at_mean
 from .display import Display

@@ -8,82 +8,24 @@ W[:, c] += Σ_j W[:, j] · x_j / x_c.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .graph import (
-    MODULES,
-    Call,
-    Rule,
-    Trace,
-    Walk,
-    Wire,
-    barrier,
-    channelwise,
-    components,
-    constant_image,
-    constants,
-    layer,
-    numbers,
-    oriented,
-    padded,
-    view,
-)
-from .heads import CHANNELS, HEADS, Edit, Heads, follow, same, sizes_of, softmax, stop
+from . import kinds
+from .heads import CHANNELS, HEADS, HeadsRule, HeadsWalk, follow, leaves_free, stop
+from .lookup import operation
+from .shapes import view
+from .walk import Call, Operation, Trace, barrier, components, numbers
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 CARRIES = "carries the constants of removed ones through a zero padding"
 LAST = "is the last one of its layer"
 SHARED = "is joined with units that live"
 MOVES = "has another constant in training than in evaluation"
 
 
-@channelwise
-def _group_norm(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
-    """A group that is constant as a whole becomes constants; it goes as a whole, or stays."""
-    if wire.dim != 1:
-        return barrier(walk, node, module)
-    ids, known, value = (t.view(module.num_groups, -1) for t in wire[1:])
-    walk.pairs += [(ids[:, 0], other) for other in ids.T[1:]]
-    mean, variance = value.mean(1, keepdim=True), value.var(1, unbiased=False, keepdim=True)
-    value = ((value - mean) / (variance + module.eps).sqrt()).view(-1)
-    if module.weight is not None:
-        value = value * numbers(module.weight) + numbers(module.bias)
-    output = walk.emit(1, wire.ids, known.all(1, keepdim=True).expand_as(known).reshape(-1), value)
-    walk.calls.append(Call(str(node.target), module, wire, output, torch.ones(len(value), dtype=torch.bool), ()))
-    return output
-
-
-def _embedding(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
-    """Columns that are the same for all tokens are constant."""
-    if len(node.args) != 1 or node.kwargs or module.max_norm is not None:
-        return barrier(walk, node, module)
-    weight = module.weight.detach().cpu()
-    n, dim = weight.shape[1], len(walk.shapes[node]) - 1
-    output = walk.emit(dim, walk.new(n), (weight == weight[:1]).all(0), weight[0])
-    none = Wire(dim, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), torch.empty(0))
-    walk.calls.append(Call(str(node.target), module, none, output, torch.ones(n, dtype=torch.bool), ()))
-    return output
-
-
-@channelwise
-def _prelu(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
-    if module.num_parameters > 1:
-        return barrier(walk, node, module)
-    value = torch.where(wire.value > 0, wire.value, numbers(module.weight) * wire.value)
-    return walk.emit(wire.dim, wire.ids, wire.constant, value)
-
-
-def mixes(call: Call) -> bool:
-    """Whether every unit of the layer may read all channels, not those of its own group alone."""
-    return isinstance(call.module, LAYERS) and getattr(call.module, "groups", 1) == 1
-
-
-class Unused(Walk):
+class RemovableChannels(HeadsWalk):
     """The walk through a network whose weights stay as they are, in eval.
 
     Attributes:
@@ -93,27 +35,18 @@ class Unused(Walk):
             none without `carry`, then `fold` returns what they contribute as an image.
     """
 
-    rules: Mapping[type, Rule] = {
-        **MODULES,
-        nn.GroupNorm: _group_norm,
-        nn.Embedding: _embedding,
-        nn.PReLU: _prelu,
-        **dict.fromkeys(TRANSPOSED, layer),
-    }
+    trained = False
 
     def __init__(
         self, model: nn.Module, trace: Trace, moving: Tensor | None = None, *, rewrite: bool = False, carry: bool = True
     ) -> None:
         self.needs: list[tuple[Tensor, str]] = []
-        self.heads: dict[Any, Heads] = {}
-        self.pieces: dict[Any, list[Any]] = {}
-        self.edits: list[Edit] = []
         self.rewrite, self.carry = rewrite, carry
         super().__init__(model, trace, {})
         if moving is not None:
             self.needs.append((moving, MOVES))
         self.label = components(self.count, self.pairs)
-        self.reads = {call.name: _reads(call.module) for call in self.calls if mixes(call)}
+        self.reads = {call.name: _reads(call.module) for call in self.calls if kinds.of(call.module).mixes(call.module)}
         kept = self._all(torch.cat([torch.empty(0, dtype=torch.int64), *(ids for ids, _ in self.needs)]))
         self.forced = torch.zeros_like(kept)
         self.carriers: dict[str, int] = {}
@@ -128,38 +61,33 @@ class Unused(Walk):
 
     # ---- what the rules report
 
-    def rule(self, node: fx.Node) -> tuple[Rule, Any]:
+    def operation(self, node: fx.Node) -> Operation:
         """Heads of attention have rules of their own."""
-        usual, module = super().rule(node)
-        if not self.rewrite or node.op not in ("call_function", "call_method", "call_module"):
-            return usual, module
-        ours: Any = None
+        usual = operation(self, node)
+        called = node.op in ("call_function", "call_method")
+        if not self.rewrite or not (called or node.op == "call_module"):
+            return usual
+        ours: HeadsRule | None = None
         sources = node.all_input_nodes
         if any(source in self.heads or source in self.pieces for source in sources):
-            if isinstance(module, nn.Dropout | nn.Identity):
-                ours = same
-            elif isinstance(module, nn.Softmax):
-                ours = softmax
-            else:
+            if called:
                 ours = HEADS.get(node.target, stop)
-        elif usual in (barrier, view) and sources and self.wires.get(sources[0]) is not None:
+            else:
+                ours = stop if usual.module is None else kinds.of(usual.module).follow_heads
+        elif called and usual.rule in (barrier, view) and sources and self.wires.get(sources[0]) is not None:
             ours = CHANNELS.get(node.target)
-            if usual is view and _free(node):
+            if usual.rule is view and leaves_free(node):
                 ours = None
         if ours is None:
-            return usual, module
-        return (lambda walk, node, module: follow(self, node, ours)), module
+            return usual
+        found = ours
+        return Operation(lambda walk, node, module: follow(self, node, found), usual.module)
 
     def hold(self, ids: Tensor) -> None:
         self.needs.append((ids, _operation(self.node, self.module)))
 
     def vary(self, ids: Tensor) -> None:
         """That a channel is not constant matters only to those who read it."""
-
-    def units(self, name: str, module: Any, wire: Wire) -> tuple[Tensor, Tensor, Tensor]:
-        alive = torch.ones(len(oriented(module)), dtype=torch.bool)
-        bias = torch.zeros(len(alive)).double() if module.bias is None else numbers(module.bias)
-        return (alive, *constants(module, wire, alive, bias, trained=False))
 
     # ---- what follows from it
 
@@ -194,8 +122,8 @@ class Unused(Walk):
         """For layers with zero padding the input that carries those that go; or an id that must stay for it."""
         carriers = {}
         for call in self.calls:
-            carry = self.carry or isinstance(call.module, TRANSPOSED)
-            if carry and call.name in self.reads and isinstance(call.module, LAYERS[1:]) and padded(call.module):
+            kind = kinds.of(call.module)
+            if (self.carry or kind.needs_carrier) and call.name in self.reads and kind.padded(call.module):
                 source = call.source
                 gone, known = self.gone[source.ids], source.constant & (source.value != 0)
                 lost = gone & known & self.reads[call.name][~self.gone[call.output.ids]].any(0)
@@ -227,8 +155,7 @@ class Unused(Walk):
         read += [ids for ids, _ in self.needs]
         unread = torch.ones(self.count, dtype=torch.bool)
         unread[torch.cat(read)] = False
-        weight: Any = call.module.weight.T if isinstance(call.module, nn.Embedding) else oriented(call.module)
-        silent = (weight.detach() == 0).cpu().flatten(1).all(1)
+        silent = (kinds.of(call.module).matrix(call.module) == 0).cpu().flatten(1).all(1)
         return call.output.constant | silent | unread[call.output.ids]
 
     @torch.no_grad()
@@ -237,10 +164,10 @@ class Unused(Walk):
 
         That is [outputs], or [outputs, *positions] where it depends on the position.
         """
-        module: Any = call.module
+        module, kind = call.module, kinds.of(call.module)
         outputs = (~self.gone[call.output.ids]).nonzero().view(-1)
         lost = self.gone[call.source.ids]
-        weight, shift = numbers(oriented(module))[outputs], None
+        weight, shift = numbers(kind.matrix(module))[outputs], None
         known = lost & call.source.constant & (call.source.value != 0)
         if known.any():
             part = weight[:, known]
@@ -249,9 +176,9 @@ class Unused(Walk):
                 at = self.carriers[call.name]
                 share = value / call.source.value[at]
                 weight[:, at] += (part * share.view(1, -1, *[1] * (part.dim() - 2))).sum(1)
-            elif part.any() and isinstance(module, LAYERS[1:]) and padded(module):
-                like = module.weight
-                shift = constant_image(module, part.to(like), value.to(like), call.positions).cpu()
+            elif part.any() and kind.padded(module):
+                like = kind.matrix(module)
+                shift = kind.constant_image(module, part.to(like), value.to(like), call.positions).cpu()
             elif part.any():
                 shift = part[..., None].flatten(2).sum(2) @ value
         inputs = (~lost).nonzero().view(-1) if lost.any() else None
@@ -260,13 +187,7 @@ class Unused(Walk):
 
 def _reads(module: Any) -> Tensor:
     """[out, in]: whether a weight, or a kernel, is not zero."""
-    return (oriented(module) != 0).cpu()[..., None].flatten(2).any(2)
-
-
-def _free(node: fx.Node) -> bool:
-    """Whether the last size of a view is left open, so that the channels may change."""
-    sizes, _ = sizes_of(node)
-    return bool(sizes) and isinstance(sizes[-1], int) and sizes[-1] == -1
+    return (kinds.of(module).matrix(module) != 0).cpu()[..., None].flatten(2).any(2)
 
 
 def _operation(node: fx.Node, module: Any) -> str:

@@ -71,25 +71,3 @@ class Attention(nn.Module):
                 )
             total = mask if total is None else total + mask
         return total
-
-
-def live_heads(attention: nn.MultiheadAttention) -> Tensor | None:
-    """Which heads matter, bool [heads]; None where the module holds more than projections.
-
-    A head does not matter if its values are constant, for its output is their bias then whatever it looks at, or if
-    the output projection ignores it.
-    """
-    if attention.bias_k is not None or attention.bias_v is not None or attention.add_zero_attn:
-        return None
-    _, _, value = projections(attention)
-    heads = attention.num_heads
-    alive = (value.detach() != 0).view(heads, -1).any(1)
-    read = (attention.out_proj.weight.detach() != 0).view(attention.embed_dim, heads, -1).any(2).any(0)
-    return alive & read
-
-
-def projections(attention: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of queries, keys and values."""
-    if attention.in_proj_weight is not None:
-        return attention.in_proj_weight.chunk(3)
-    return attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight

@@ -9,17 +9,15 @@ The numbers of heads stand in such code, so `edits` says which arguments of whic
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .graph import Wire, barrier, merged
-
-if TYPE_CHECKING:
-    from .unused import Unused
+from .shapes import merged
+from .walk import Trace, Walk, Wire, barrier
 
 
 class Heads(NamedTuple):
@@ -52,7 +50,24 @@ class Edit(NamedTuple):
     each: int
 
 
-Rule = Callable[["Unused", fx.Node], "Heads | Wire | list[Any] | None"]
+class HeadsWalk(Walk):
+    """A walk that also follows heads.
+
+    Attributes:
+        heads: by node, of a tensor whose channels are in two dimensions.
+        pieces: by node that returns several tensors, what is known of each.
+        edits: which arguments of which operations change with the heads.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace, alive: Mapping[str, Tensor]) -> None:
+        self.heads: dict[Any, Heads] = {}
+        self.pieces: dict[Any, list[Any]] = {}
+        self.edits: list[Edit] = []
+        super().__init__(model, trace, alive)
+
+
+#: (walk, node) → what is known of the result, or None: nothing
+HeadsRule = Callable[[HeadsWalk, fx.Node], "Heads | Wire | list[Any] | None"]
 
 
 def sizes_of(node: fx.Node) -> tuple[tuple[Any, ...], bool]:
@@ -61,7 +76,13 @@ def sizes_of(node: fx.Node) -> tuple[tuple[Any, ...], bool]:
     return (tuple(last), True) if isinstance(last, tuple | list) else (node.args[1:], False)
 
 
-def split(walk: Unused, node: fx.Node) -> Heads | Wire | None:
+def leaves_free(node: fx.Node) -> bool:
+    """Whether the last size of a view is left open, so that the channels may change."""
+    sizes, _ = sizes_of(node)
+    return bool(sizes) and isinstance(sizes[-1], int) and sizes[-1] == -1
+
+
+def split(walk: HeadsWalk, node: fx.Node) -> Heads | Wire | None:
     """x.view(…, heads, width) or x.view(…, parts, heads, width) of a tensor whose channels lie last; or unflatten."""
     source: Any = node.args[0]
     wire, before = walk.wires[source], walk.shapes[source]
@@ -91,7 +112,7 @@ def split(walk: Unused, node: fx.Node) -> Heads | Wire | None:
     return heads
 
 
-def flat(walk: Unused, node: fx.Node) -> Wire | None:
+def flat(walk: HeadsWalk, node: fx.Node) -> Wire | None:
     """x.view(-1, channels * places), with the size in numbers."""
     source: Any = node.args[0]
     wire, before, after = walk.wires[source], walk.shapes[source], walk.shapes[node]
@@ -105,7 +126,7 @@ def flat(walk: Unused, node: fx.Node) -> Wire | None:
     return result
 
 
-def merge(walk: Unused, node: fx.Node) -> Wire | None:
+def merge(walk: HeadsWalk, node: fx.Node) -> Wire | None:
     """y.reshape(…, heads * width) or y.flatten(-2): channels again."""
     source: Any = node.args[0]
     heads, before, after = walk.heads[source], walk.shapes[source], walk.shapes[node]
@@ -126,7 +147,7 @@ def merge(walk: Unused, node: fx.Node) -> Wire | None:
     )  # fmt: skip
 
 
-def move(walk: Unused, node: fx.Node) -> Heads | None:
+def move(walk: HeadsWalk, node: fx.Node) -> Heads | None:
     """transpose and permute; the width of a head stays last, or its place is taken by positions (kᵀ)."""
     heads = walk.heads[node.args[0]]
     n = len(walk.shapes[node])
@@ -147,17 +168,17 @@ def move(walk: Unused, node: fx.Node) -> Heads | None:
     return heads._replace(dim=dims.index(heads.dim), part=part)
 
 
-def same(walk: Unused, node: fx.Node) -> Heads | None:
+def keep(walk: HeadsWalk, node: fx.Node) -> Heads | None:
     """What changes nothing, or every entry by itself."""
     return walk.heads.get(node.args[0])
 
 
-def stop(walk: Unused, node: fx.Node) -> None:
+def stop(walk: HeadsWalk, node: fx.Node) -> None:
     """An operation that nothing is known about."""
     return
 
 
-def scaled(walk: Unused, node: fx.Node) -> Heads | None:
+def scaled(walk: HeadsWalk, node: fx.Node) -> Heads | None:
     """Heads times a number, or masks for all heads alike."""
     inputs = [n for n in node.all_input_nodes if n in walk.heads]
     if len(inputs) != 1 or node.args[0] is not inputs[0] or "out" in node.kwargs:
@@ -174,7 +195,7 @@ def scaled(walk: Unused, node: fx.Node) -> Heads | None:
     return heads._replace(constant=torch.zeros_like(heads.constant), sums=False)
 
 
-def softmax(walk: Unused, node: fx.Node) -> Heads | None:
+def softmax(walk: HeadsWalk, node: fx.Node) -> Heads | None:
     """Attention weights, where it runs over the last dimension."""
     heads = walk.heads[node.args[0]]
     n = len(walk.shapes[node])
@@ -185,7 +206,7 @@ def softmax(walk: Unused, node: fx.Node) -> Heads | None:
     return heads._replace(constant=torch.zeros_like(heads.constant), sums=True)
 
 
-def product(walk: Unused, node: fx.Node) -> Heads | None:
+def product(walk: HeadsWalk, node: fx.Node) -> Heads | None:
     """q kᵀ, or attention weights times v."""
     a, b = node.args
     if a not in walk.heads or b not in walk.heads:
@@ -199,7 +220,7 @@ def product(walk: Unused, node: fx.Node) -> Heads | None:
     return right._replace(constant=right.constant & left.sums, sums=False)
 
 
-def attention(walk: Unused, node: fx.Node) -> Heads | None:
+def attention(walk: HeadsWalk, node: fx.Node) -> Heads | None:
     """F.scaled_dot_product_attention: where the values of a head are constant, so is what comes out."""
     q, k, v = (walk.heads.get(n) for n in node.args[:3])
     if q is None or k is None or v is None or not all(h.part is None and not h.sums for h in (q, k, v)):
@@ -215,7 +236,7 @@ def attention(walk: Unused, node: fx.Node) -> Heads | None:
     return v
 
 
-def item(walk: Unused, node: fx.Node) -> Heads | Wire | None:
+def item(walk: HeadsWalk, node: fx.Node) -> Heads | Wire | None:
     """q of (q, k, v): of a tensor whose first dimension they are, of unbind, chunk or split."""
     source, at = node.args
     if source in walk.pieces:
@@ -232,7 +253,7 @@ def _piece(heads: Heads, at: int) -> Heads:
     return Heads(dim, None, heads.ids[at], heads.constant[at], heads.value[at])
 
 
-def unbind(walk: Unused, node: fx.Node) -> list[Any] | None:
+def unbind(walk: HeadsWalk, node: fx.Node) -> list[Any] | None:
     heads = walk.heads[node.args[0]]
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if heads.part is None or dim != heads.part:
@@ -240,7 +261,7 @@ def unbind(walk: Unused, node: fx.Node) -> list[Any] | None:
     return [_piece(heads, i) for i in range(len(heads.ids))]
 
 
-def chunk(walk: Unused, node: fx.Node) -> list[Any] | None:
+def chunk(walk: HeadsWalk, node: fx.Node) -> list[Any] | None:
     """chunk(parts, -1) and split(size, -1) of channels, into parts of one size whose channels correspond."""
     source: Any = node.args[0]
     wire = walk.wires[source]
@@ -267,22 +288,22 @@ def chunk(walk: Unused, node: fx.Node) -> list[Any] | None:
 
 
 #: operations on channels, on heads, and on the results of those with several
-CHANNELS: dict[Any, Rule] = {
+CHANNELS: dict[Any, HeadsRule] = {
     "view": split, "reshape": split, "unflatten": split, torch.reshape: split, torch.unflatten: split,
     "chunk": chunk, "split": chunk, torch.chunk: chunk, torch.split: chunk,
 }  # fmt: skip
-HEADS: dict[Any, Rule] = {
+HEADS: dict[Any, HeadsRule] = {
     "view": merge, "reshape": merge, "flatten": merge, torch.reshape: merge, torch.flatten: merge,
-    "transpose": move, "permute": move, torch.transpose: move, torch.permute: move, "contiguous": same,
+    "transpose": move, "permute": move, torch.transpose: move, torch.permute: move, "contiguous": keep,
     "unbind": unbind, torch.unbind: unbind, operator.getitem: item,
-    "softmax": softmax, torch.softmax: softmax, F.softmax: softmax, F.dropout: same,
+    "softmax": softmax, torch.softmax: softmax, F.softmax: softmax, F.dropout: keep,
     operator.matmul: product, torch.matmul: product, "matmul": product, F.scaled_dot_product_attention: attention,
     **dict.fromkeys((operator.mul, operator.truediv, operator.add, torch.mul, torch.div, torch.add), scaled),
     **dict.fromkeys(("mul", "div", "add", "masked_fill"), scaled),
 }  # fmt: skip
 
 
-def follow(walk: Unused, node: fx.Node, rule: Rule) -> Wire | None:
+def follow(walk: HeadsWalk, node: fx.Node, rule: HeadsRule) -> Wire | None:
     """Apply a rule; where it does not hold, everything that goes in stays."""
     count = len(walk.pairs), len(walk.edits)
     result = rule(walk, node)

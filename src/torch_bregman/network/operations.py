@@ -1,0 +1,119 @@
+"""Rules for operations that work channel by channel: pointwise functions, dropout, pooling, means, concatenation.
+
+Each is (walk, node, its module or None) → the wire of the result; see walk.py. The same rules serve functions, methods
+and modules: which is which stands in functions.py and in `kinds`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .walk import Walk, Wire, barrier, channelwise, only_input, options, unchanged, zeros_stay
+
+
+def pointwise(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+    """f(x), x + y, ...: of constants, a constant."""
+    nodes = node.all_input_nodes
+    wires = None if "out" in node.kwargs or not _harmless(walk, node, module) else walk.aligned(nodes)
+    if wires is None:
+        return barrier(walk, node, module)
+    values = {n: wire.value.clone() for n, wire in zip(nodes, wires, strict=True)}
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    if module is not None:
+        value = module.forward(*args, **kwargs)
+    elif node.op == "call_method":
+        value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    else:
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    constant = torch.stack([wire.constant for wire in wires]).all(0)
+    return walk.emit(wires[0].dim, wires[0].ids, constant, value)
+
+
+def _harmless(walk: Walk, node: fx.Node, module: Any) -> bool:
+    """Whether nobody else sees what the operation writes in place."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv") or getattr(module, "inplace", False)
+    if not in_place and not node.kwargs.get("inplace") and not any(arg is True for arg in node.args):
+        return True
+    first = node.all_input_nodes[0]
+    return len(first.users) == 1 and walk.operation(first).makes_new
+
+
+def dropout(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+    """Zeros stay zeros; other constants only where nothing is dropped."""
+    given = options(node, "input", "p", "training")
+    p, training = (module.p, module.training) if module else (given.get("p", 0.5), given.get("training", True))
+    return unchanged(walk, node, module) if p == 0 or not training else zeros_stay(walk, node, module)
+
+
+AVERAGE = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+MAXIMUM = ("input", "kernel_size", "stride", "padding", "dilation")
+
+
+def pool(spatial: int, names: tuple[str, ...], walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+    """Pooling over the last `spatial` dimensions: constants stay what they are."""
+    wire = only_input(walk, node)
+    if wire is None or wire.dim != len(walk.shapes[node]) - spatial - 1:
+        return barrier(walk, node, module)
+    given = {name: getattr(module, name, None) for name in names} if module else options(node, *names)
+    padded = differs(given.get("padding"), 0)
+    if padded and differs(given.get("dilation"), 1):  # a window may lie outside altogether
+        return barrier(walk, node, module)
+    if given.get("divisor_override") is not None or (padded and given.get("count_include_pad", names is AVERAGE)):
+        return zeros_stay(walk, node, module)
+    return wire
+
+
+def differs(option: Any, usual: int) -> bool:
+    """Whether an option per dimension is, in one of them, not the usual one."""
+    if option is None:
+        return False
+    return any(o != usual for o in option) if isinstance(option, tuple | list) else option != usual
+
+
+@channelwise
+def interpolate(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    names = ("input", "size", "scale_factor", "mode")
+    mode = module.mode if module else options(node, *names).get("mode", "nearest")
+    # The weights of the other modes do not sum to one exactly.
+    exact = mode in ("nearest", "nearest-exact", "linear", "bilinear", "trilinear") and wire.dim == 1
+    return wire if exact else barrier(walk, node, module)
+
+
+@channelwise
+def mean(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    """Mean or maximum over other dimensions than the channels'."""
+    before, after = len(walk.shapes[node.all_input_nodes[0]]), len(walk.shapes[node])
+    given = options(node, "input", "dim", "keepdim")
+    dims = given.get("dim")
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not dims or not all(isinstance(d, int) for d in dims) or given.keys() - {"input", "dim", "keepdim"}:
+        return barrier(walk, node, module)
+    dims = {d % before for d in dims}
+    if wire.dim in dims:
+        return barrier(walk, node, module)
+    return wire._replace(dim=wire.dim if after == before else wire.dim - sum(d < wire.dim for d in dims))
+
+
+def concatenate(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+    """Along the channels: one after the other. Along another dimension: constant where both are, and alike."""
+    given = options(node, "tensors", "dim")
+    tensors, at = given.get("tensors"), given.get("dim", given.get("axis", 0))
+    if not isinstance(tensors, tuple | list) or not all(isinstance(t, fx.Node) and t in walk.shapes for t in tensors):
+        return barrier(walk, node, module)
+    dims = {wire.dim for t in tensors if (wire := walk.wires[t]) is not None}
+    n = len(walk.shapes[node])
+    if len(dims) != 1 or not isinstance(at, int) or {len(walk.shapes[t]) for t in tensors} != {n}:
+        return barrier(walk, node, module)
+    (dim,) = dims
+    wires = [walk.at(t, dim) for t in tensors]
+    if at % n == dim:
+        ids, constant, value = (torch.cat(parts) for parts in zip(*(wire[1:] for wire in wires), strict=True))
+        return Wire(dim, ids, constant, value)
+    first = wires[0]
+    walk.pairs += [(first.ids, other.ids) for other in wires[1:]]
+    alike = torch.stack([w.constant & (w.value == first.value) for w in wires]).all(0)
+    return walk.emit(dim, first.ids, alike, first.value)

@@ -1,0 +1,129 @@
+"""Rules for operations that move channels to another dimension: flatten, view, permute, indexing, and reading sizes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from .walk import Walk, Wire, barrier, channelwise, only_input, options
+
+
+@channelwise
+def flatten(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    given = vars(module) if module else options(node, "input", "start_dim", "end_dim")
+    start, end = given.get("start_dim", 0), given.get("end_dim", -1)
+    if not (isinstance(start, int) and isinstance(end, int)):
+        return barrier(walk, node, module)
+    return merged(walk, node, module, wire, start, end)
+
+
+@channelwise
+def view(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    """x.view(x.size(0), -1) and the like; where a size is written as a number, the channels cannot change it."""
+    before, after = walk.shapes[node.all_input_nodes[0]], walk.shapes[node]
+    sizes = node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = tuple(sizes[0])
+    last = len(after) - 1
+    if node.kwargs or len(sizes) != len(after) or after[:last] != before[:last] or not last <= wire.dim:
+        return barrier(walk, node, module)
+    if not isinstance(sizes[-1], int) or sizes[-1] != -1:
+        return barrier(walk, node, module)
+    return merged(walk, node, module, wire, last, len(before) - 1)
+
+
+def merged(walk: Walk, node: fx.Node, module: Any, wire: Wire, start: int, end: int) -> Wire | None:
+    """Dimensions `start` to `end` become one, in which every channel has as many places as the others multiply to."""
+    shape = walk.shapes[node.all_input_nodes[0]]
+    start, end = start % len(shape), end % len(shape)
+    if not start <= wire.dim <= end:
+        return wire._replace(dim=wire.dim - (end - start if wire.dim > end else 0))
+    if start == 0 < wire.dim:  # samples and channels in one dimension
+        return barrier(walk, node, module)
+    sizes = shape[start : end + 1]
+    places = [-1 if start + i == wire.dim else 1 for i in range(len(sizes))]
+    ids, constant, value = (t.view(places).expand(sizes).reshape(-1) for t in wire[1:])
+    return Wire(start, ids, constant, value)
+
+
+@channelwise
+def permute(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    dims = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
+    n = len(walk.shapes[node])
+    if node.kwargs or len(dims) != n or not all(isinstance(d, int) for d in dims):
+        return barrier(walk, node, module)
+    return wire._replace(dim=[d % n for d in dims].index(wire.dim))  # type: ignore[operator]
+
+
+@channelwise
+def unsqueeze(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    dim = options(node, "input", "dim").get("dim")
+    if not isinstance(dim, int):
+        return barrier(walk, node, module)
+    return wire._replace(dim=wire.dim + (dim % len(walk.shapes[node]) <= wire.dim))
+
+
+@channelwise
+def squeeze(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    """Of single dimensions that are named; without, those of the channels or samples might go."""
+    dim = options(node, "input", "dim").get("dim")
+    before = walk.shapes[node.all_input_nodes[0]]
+    if not isinstance(dim, int) or dim % len(before) == wire.dim:
+        return barrier(walk, node, module)
+    gone = before[dim % len(before)] == 1 and dim % len(before) < wire.dim
+    return wire._replace(dim=wire.dim - gone)
+
+
+@channelwise
+def item(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    """x[:, :, None, 0] and the like, where all channels are taken."""
+    keys = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    before = after = 0
+    for key in keys:
+        if key is None:
+            after += 1
+        elif isinstance(key, slice | int) and before != wire.dim:
+            before, after = before + 1, after + isinstance(key, slice)
+        elif key == slice(None):
+            return wire._replace(dim=after)
+        else:
+            return barrier(walk, node, module)
+    return wire._replace(dim=wire.dim + after - before)
+
+
+@channelwise
+def transpose(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    given = options(node, "input", "dim0", "dim1")
+    n = len(walk.shapes[node])
+    a, b = given.get("dim0"), given.get("dim1")
+    if not (isinstance(a, int) and isinstance(b, int)):
+        return barrier(walk, node, module)
+    a, b = a % n, b % n
+    return wire._replace(dim={a: b, b: a}.get(wire.dim, wire.dim))
+
+
+def read_sizes(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+    """x.size(), x.shape, x.dtype, ...: a number of channels that is read must stay what it is."""
+    wire = only_input(walk, node)
+    if wire is None:
+        return None
+    what = node.args[1] if node.target is getattr else node.target
+    n = len(walk.shapes[node.all_input_nodes[0]])
+    if what in ("dtype", "device", "ndim", "dim"):
+        return None
+    if what == "size" and len(node.args) + len(node.kwargs) == 2:
+        read = [options(node, "input", "dim").get("dim")]
+    elif what in ("size", "shape") and all(user.target is operator.getitem for user in node.users):
+        read = [user.args[1] for user in node.users]
+    else:
+        return barrier(walk, node, module)
+    return barrier(walk, node, module) if any(_reads(key, wire.dim, n) for key in read) else None
+
+
+def _reads(key: Any, dim: int, n: int) -> bool:
+    """Whether sizes[key] is, or holds, the size of dimension `dim` of n."""
+    if isinstance(key, slice) and all(x is None or isinstance(x, int) for x in (key.start, key.stop, key.step)):
+        return dim in range(n)[key]
+    return not isinstance(key, int) or key % n == dim

@@ -1,0 +1,149 @@
+"""A network as torch.fx sees it, checked against what it computes; nothing about the network changes."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from . import kinds
+from .walk import Trace
+
+#: torch.nn's own containers with units in them: they are followed step by step where another module calls them
+STEPPED = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+class Untraceable(ValueError):  # noqa: N818 - it says what the network is
+    """The network cannot be followed by torch.fx."""
+
+
+@contextmanager
+def leaving_unchanged(*models: nn.Module) -> Iterator[None]:
+    """Inside, no gradients; afterwards attributes, training flags, buffers and random numbers are what they were."""
+    modules = {id(m): m for model in models for m in model.modules()}.values()
+    attributes = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
+    values = [(b, b.clone()) for _, _, buffers in attributes for b in buffers.values() if b is not None]
+    devices = {t.device for m in models for t in [*m.parameters(), *m.buffers()] if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, members, buffers in attributes:
+                module.__dict__.clear()
+                module.__dict__.update(members)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+            for buffer, before in values:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def without_noise(*models: nn.Module, norms: bool = True) -> None:
+    """Dropout (and norms) in eval mode: no noise, and no demands on the batch."""
+    for model in models:
+        for module in model.modules():
+            kind = kinds.of(module)
+            if kind.noise or (norms and kind.statistics):
+                module.training = False
+
+
+class _Tracer(fx.Tracer):
+    """Stock modules and known kinds are leaves, but an encoder layer has hidden units: it is followed step by step."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return kinds.of(m).leaf or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if type(m) is nn.TransformerEncoderLayer and not _hooked(m):
+            return _encoder_layer(m, *args, **kwargs)
+        # With masks the encoder looks at their values.
+        if type(m) is nn.TransformerEncoder and not _hooked(m) and len(args) == 1 and not kwargs:
+            (x,) = args
+            for layer in m.layers:
+                x = layer(x)
+            return x if m.norm is None else m.norm(x)
+        return super().call_module(m, forward, args, kwargs)
+
+
+def _encoder_layer(
+    m: Any, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
+) -> Any:
+    """nn.TransformerEncoderLayer.forward without its tests of the input, which torch.fx cannot follow."""
+
+    def attention(x: Any) -> Any:
+        return m._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
+
+    if m.norm_first:
+        x = src + attention(m.norm1(src))
+        return x + m._ff_block(m.norm2(x))
+    x = m.norm1(src + attention(src))
+    return m.norm2(x + m._ff_block(x))
+
+
+class _Shapes(fx.Interpreter):
+    """Runs the traced graph and notes the shape of every tensor in it."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
+    if patched := [name or "the model" for name, m in model.named_modules() if "forward" in m.__dict__]:
+        raise Untraceable(f"{patched[0]} has a `forward` of its own instead of its class's; expected a plain module.")
+    with leaving_unchanged(model):
+        try:
+            parameters = list(inspect.signature(model.forward).parameters.values())[len(inputs) :]
+            fixed = {p.name: p.default for p in parameters if p.default is not p.empty}
+            graph = _Tracer().trace(model, concrete_args=fixed or None)
+            without_noise(model)
+            interpreter = _Shapes(model, graph)
+            with torch.random.fork_rng(devices=[x.device for x in inputs if x.device.type == "cuda"]):
+                traced = interpreter.run(*[x.clone() for x in inputs], enable_io_processing=False)
+            actual = model(*[x.clone() for x in inputs])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            raise Untraceable(
+                f"{type(model).__name__} cannot be traced by torch.fx on these inputs ({reason})."
+            ) from error
+        # An operation in place that the trace shows as a new tensor, or state that changes from call to call.
+        if not all(map(_close, tree_leaves(traced), tree_leaves(actual))):
+            raise Untraceable(f"{type(model).__name__} as traced by torch.fx does not compute what the model computes.")
+    return Trace(list(graph.nodes), interpreter.shapes, _fixed(model, graph))
+
+
+def _close(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or not a.is_floating_point():
+        return True
+    scale = b.nan_to_num(0, 0, 0).abs().max().item() if b.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _fixed(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """Modules whose weights have another use than one plain call: called twice, tied, read by the network, hooked."""
+    calls = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")
+    read = {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return read | {
+        name
+        for name, module in model.named_modules()
+        if _hooked(module)
+        or any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None)
+        or (calls[name] > 1 and (module._parameters or module._buffers))
+    }

@@ -1,0 +1,206 @@
+"""One walk through a traced network: which channels are constant, which belong together, and which are needed.
+
+A unit whose weights are all zero emits its bias, for every sample and at every position. A `Walk` follows such
+constants from operation to operation, one `Wire` per tensor. Channels that only exist together (the two sides of a sum,
+the input and the output of a norm) share an id; what may go is decided for ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class Trace(NamedTuple):
+    """A network as torch.fx sees it: its operations, the shapes of all tensors, and the modules that must stay."""
+
+    nodes: list[fx.Node]
+    shapes: dict[fx.Node, tuple[int, ...]]
+    fixed: set[str]
+
+
+class Wire(NamedTuple):
+    """The channels of a tensor: the dimension they lie in, their ids, which are constant, and the constants (float64).
+
+    Everything is on the CPU, where thousands of numbers cost less than one kernel launch.
+    """
+
+    dim: int
+    ids: Tensor
+    constant: Tensor
+    value: Tensor
+
+
+class Call(NamedTuple):
+    """A module that may be cut, the wires into it and out of it, its units that live, and its input's positions."""
+
+    name: str
+    module: nn.Module
+    source: Wire
+    output: Wire
+    alive: Tensor
+    positions: tuple[int, ...]
+
+
+#: (walk, node, its module or None) → the wire of the result, or None: a tensor from which nothing goes
+Rule = Callable[["Walk", fx.Node, Any], "Wire | None"]
+
+
+class Operation(NamedTuple):
+    """What is known of a node: the rule to follow it, its module, and whether nobody else has the tensor it makes."""
+
+    rule: Rule
+    module: Any = None
+    makes_new: bool = False
+
+
+class Walk:
+    """The wires of all tensors, for given live units. A subclass says what is known of an operation.
+
+    Attributes:
+        trained: whether weights may still change, those that are zero too; else all of them are known.
+        alive: by name of a module, which of its units live; all, where there is no name.
+        wires: by node, or None where nothing can go.
+        calls: the modules that may be cut.
+        pairs: ids that only exist together.
+    """
+
+    trained: bool
+
+    def __init__(self, model: nn.Module, trace: Trace, alive: Mapping[str, Tensor]) -> None:
+        self.modules = dict(model.named_modules())
+        self.shapes = trace.shapes
+        self.fixed = trace.fixed
+        self.alive = alive
+        self.wires: dict[fx.Node, Wire | None] = {}
+        self.calls: list[Call] = []
+        self.count = 0
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        for node in trace.nodes:
+            operation = self.operation(node)
+            self.node, self.module = node, operation.module
+            self.wires[node] = operation.rule(self, node, operation.module)
+
+    # ---- what a subclass says
+
+    def operation(self, node: fx.Node) -> Operation:
+        """What is known about the operation of a node."""
+        raise NotImplementedError
+
+    def hold(self, ids: Tensor) -> None:
+        """The operation at hand needs these channels."""
+        raise NotImplementedError
+
+    def vary(self, ids: Tensor) -> None:
+        """These channels are not constant."""
+        raise NotImplementedError
+
+    # ---- what rules are made of
+
+    def new(self, n: int) -> Tensor:
+        """Ids for n channels that did not exist before."""
+        self.count += n
+        return torch.arange(self.count - n, self.count)
+
+    def emit(self, dim: int, ids: Tensor, constant: Tensor, value: Tensor) -> Wire:
+        """A wire; ids that have a channel which is not constant are reported."""
+        constant = constant & value.isfinite()
+        self.vary(ids[~constant])
+        return Wire(dim, ids, constant, value.double().where(constant, 0.0))
+
+    def at(self, node: fx.Node, dim: int) -> Wire:
+        """The wire of a tensor whose channels are to lie in `dim`: if they do not, all of them stay."""
+        wire = self.wires[node]
+        if wire is not None and wire.dim == dim:
+            return wire
+        if wire is not None:
+            self.hold(wire.ids)
+        n = self.shapes[node][dim]
+        ids = self.new(n)
+        self.hold(ids)
+        return Wire(dim, ids, torch.zeros(n, dtype=torch.bool), torch.zeros(n).double())
+
+    def aligned(self, nodes: list[fx.Node]) -> list[Wire] | None:
+        """The wires of tensors whose channels correspond one to one, or None if they do not (or none has a wire)."""
+        dims = {wire.dim for n in nodes if (wire := self.wires[n]) is not None}
+        shapes = [self.shapes.get(n) for n in nodes]
+        if len(dims) != 1 or not all(shape and len(shape) == len(shapes[0] or ()) for shape in shapes):
+            return None
+        (dim,) = dims
+        if len({shape[dim] for shape in shapes if shape}) != 1:
+            return None
+        wires = [self.at(n, dim) for n in nodes]
+        self.pairs += [(wires[0].ids, other.ids) for other in wires[1:]]
+        return wires
+
+
+def components(n: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """For each of n ids the smallest that it is connected with."""
+    label = torch.arange(n)
+    if not pairs:
+        return label
+    a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
+    while not torch.equal(label[a], label[b]):
+        low = torch.minimum(label[a], label[b])
+        # The labels themselves are joined as well as the ids: chains then shrink by half, not by one.
+        for target in (label[a], label[b], a, b):
+            label = label.scatter_reduce(0, target, low, "amin")
+        label = label[label]
+    return label
+
+
+def numbers(values: Tensor) -> Tensor:
+    """As float64 on the CPU."""
+    return values.detach().cpu().double()
+
+
+# ---- the rules that all others are made of
+
+
+def nothing(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+    """A tensor without a wire, made of nothing that has one."""
+    return None
+
+
+def barrier(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+    """Nothing is known: everything that goes in stays."""
+    for n in node.all_input_nodes:
+        if (wire := walk.wires[n]) is not None:
+            walk.hold(wire.ids)
+    return None
+
+
+def options(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments of a call by name; `names` are those that may come by position."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def only_input(walk: Walk, node: fx.Node) -> Wire | None:
+    """The wire of the first argument, if it is a tensor with a wire."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return walk.wires[first] if isinstance(first, fx.Node) else None
+
+
+def channelwise(rule: Callable[[Walk, fx.Node, Any, Wire], Wire | None]) -> Rule:
+    """A rule that only has something to say about the wire of the first argument."""
+
+    def wrapped(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+        wire = only_input(walk, node)
+        return barrier(walk, node, module) if wire is None else rule(walk, node, module, wire)
+
+    return wrapped
+
+
+@channelwise
+def unchanged(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    """What comes out is what goes in."""
+    return wire
+
+
+@channelwise
+def zeros_stay(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    """Zeros stay zeros; of other constants nothing is known."""
+    return walk.emit(wire.dim, wire.ids, wire.constant & (wire.value == 0), wire.value)
