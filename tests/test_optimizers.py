@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import FLOATS, PATHS, ElasticNet, labels, pairwise, same, through_disk, with_rates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,22 +26,6 @@ quick = settings(max_examples=40, deadline=None, derandomize=True, database=None
 
 
 # ---------------------------------------------------------------------- the tables: regularisers
-
-
-@dataclass(frozen=True)
-class ElasticNet(tb.Regularizer):
-    """J = λ Σ (|θ| + μθ²/2): a user's own regulariser, not homogeneous, with nothing but the three methods."""
-
-    mu: float = 0.5
-
-    def value(self, weight: Tensor, lam: float | Tensor = 1.0) -> Tensor:
-        return (lam * (weight.abs() + 0.5 * self.mu * weight.square())).sum()
-
-    def prox(self, x: Tensor, step: float | Tensor) -> Tensor:
-        return x.sign() * (x.abs() - step).clamp_min(0) / (1 + step * self.mu)
-
-    def subgradient(self, weight: Tensor) -> Tensor:
-        return weight.sign() + self.mu * weight
 
 
 def np_soft(x: Array, t: float) -> Array:
@@ -82,21 +67,6 @@ INDEX = torch.tensor(
 )
 
 
-def label_groups(name: str, shape: tuple[int, ...]) -> Array:
-    """The group number of every entry, from the words of method.md, entry by entry."""
-    labels = np.zeros(shape, dtype=int)
-    for at in np.ndindex(*shape):
-        labels[at] = {
-            "rows": at[0],
-            "columns": at[1],
-            "filters": at[0],
-            "channels": at[1],
-            "kernels": at[0] * shape[1] + at[1],
-            "index": int(INDEX[at[:2]]) if name == "index" else 0,
-        }[name]
-    return labels
-
-
 @dataclass(frozen=True)
 class Case:
     """A regulariser with a weight shape, its start, and its formulas in NumPy."""
@@ -132,26 +102,26 @@ class Case:
 
 def grouped(name: str, shape: tuple[int, ...]) -> Case:
     groups: Any = INDEX if name == "index" else name
-    labels = label_groups(name, shape)
+    which = INDEX.numpy() if name == "index" else labels(name, shape)
     return Case(
         f"group-{name}",
         lambda: tb.GroupL1(groups),
         shape,
-        lambda x, t: np_group_prox(x, t, labels),
-        lambda x: np_group_subgradient(x, labels),
-        labels,
+        lambda x, t: np_group_prox(x, t, which),
+        lambda x: np_group_subgradient(x, which),
+        which,
     )
 
 
 def sparse_grouped(name: str, shape: tuple[int, ...], a: float) -> Case:
-    labels = label_groups(name, shape)
+    which = labels(name, shape)
     return Case(
         f"sparse-group-{name}",
         lambda: tb.SparseGroupL1(name, l1_ratio=a),
         shape,
-        lambda x, t: np_group_prox(np_soft(x, a * t), (1 - a) * t, labels),
-        lambda x: a * np.sign(x) + (1 - a) * np_group_subgradient(x, labels),
-        labels,
+        lambda x, t: np_group_prox(np_soft(x, a * t), (1 - a) * t, which),
+        lambda x: a * np.sign(x) + (1 - a) * np_group_subgradient(x, which),
+        which,
     )
 
 
@@ -190,28 +160,33 @@ REGULARISERS = [
 NOTHING = Case("none", lambda: None, LINEAR, lambda x, t: x, np.zeros_like)
 
 
-def cases(*, nuclear: bool = True, elastic: bool = True, none: bool = False) -> pytest.MarkDecorator:
+def those(*, nuclear: bool = True, elastic: bool = True, none: bool = False) -> list[Case]:
     chosen = [c for c in REGULARISERS if (nuclear or c.name != "nuclear") and (elastic or c.name != "elastic-net")]
-    chosen += [NOTHING] if none else []
-    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
+    return chosen + ([NOTHING] if none else [])
+
+
+def cases(**which: bool) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", those(**which), ids=lambda case: case.name)
 
 
 # ---------------------------------------------------------------------- the tables: optimizers
 
-OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "linbreg": (tb.LinBreg, {"lr": 0.1}),
-    "linbreg-paper": (tb.LinBreg, {"lr": 0.1, "momentum": 0.9}),
-    "linbreg-sgd": (tb.LinBreg, {"lr": 0.02, "momentum": 0.9, "momentum_rule": "sgd"}),
-    "linbreg-nesterov": (tb.LinBreg, {"lr": 0.02, "momentum": 0.9, "momentum_rule": "sgd", "nesterov": True}),
-    "adabreg": (tb.AdaBreg, {"lr": 0.05}),
-    "adabreg-decoupled": (tb.AdaBreg, {"lr": 0.05, "weight_decay": 0.3, "decoupled_weight_decay": True}),
-    "proxsgd": (tb.ProxSGD, {"lr": 0.1}),
-    "proxsgd-momentum": (tb.ProxSGD, {"lr": 0.02, "momentum": 0.9}),
-}
+OPTIMIZERS = with_rates(
+    {
+        "linbreg": 0.1,
+        "linbreg-paper": 0.1,
+        "linbreg-sgd": 0.02,
+        "linbreg-nesterov": 0.02,
+        "adabreg": 0.05,
+        "adabreg-decoupled": 0.05,
+        "proxsgd": 0.1,
+        "proxsgd-momentum": 0.02,
+    }
+)
 DUAL = [kind for kind in OPTIMIZERS if not kind.startswith("prox")]
 every_optimizer = pytest.mark.parametrize("kind", list(OPTIMIZERS))
 every_dual = pytest.mark.parametrize("kind", DUAL)
-either_path = pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
+either_path = pytest.mark.parametrize("foreach", PATHS.values(), ids=list(PATHS))
 LAM = 1.0
 
 
@@ -251,20 +226,8 @@ def noop_step(optimizer: Any) -> None:
         group["lr"] = lr
 
 
-def through_disk(thing: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(thing, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def close(a: Tensor, b: Tensor, tolerance: float = 2e-6) -> None:
     torch.testing.assert_close(a.detach(), b.detach().to(a.dtype), rtol=tolerance, atol=tolerance)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    """Equal to the last bit."""
-    torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------- the equations
@@ -304,9 +267,7 @@ def reference(kind: str, theta: Array, gradients: list[Array], case: Case, lam: 
     return path
 
 
-@either_path
-@every_optimizer
-@cases(none=True)
+@pairwise({"case": those(none=True), "kind": list(OPTIMIZERS), "foreach": PATHS})
 def test_follows_the_equations(case: Case, kind: str, foreach: bool) -> None:
     delta = 1.0 if kind.startswith("prox") else 0.7
     p = weight_of(case)
@@ -341,10 +302,7 @@ def test_option_delta_is_not_one_for_proxsgd() -> None:
         tb.ProxSGD([nn.Parameter(torch.zeros(2))], delta=0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("delta", [0.3, 1.0])
-@every_dual
-@cases(none=True)
+@pairwise({"case": those(none=True), "kind": DUAL, "delta": [0.3, 1.0], "dtype": FLOATS})
 def test_start_is_a_fixed_point(case: Case, kind: str, delta: float, dtype: torch.dtype) -> None:
     p = weight_of(case, dtype)
     before = p.detach().clone()
@@ -375,9 +333,7 @@ def test_start_is_a_fixed_point_for_any_strength(seed: int, lam: float, delta: f
     assert torch.equal(p != 0, before != 0)
 
 
-@pytest.mark.parametrize("delta", [0.25, 4.0, 0.3])
-@every_dual
-@cases(elastic=False)
+@pairwise({"case": those(elastic=False), "kind": DUAL, "delta": [0.25, 4.0, 0.3]})
 def test_delta_scales_the_weights_and_keeps_the_support(case: Case, kind: str, delta: float) -> None:
     one = weight_of(case)
     scaled = nn.Parameter(one.detach() * delta)  # the same v = θ/δ + p
@@ -425,9 +381,7 @@ def test_proxsgd_shrinks_the_support_where_linbreg_does_not() -> None:
 # ---------------------------------------------------------------------- storage and precision
 
 
-@either_path
-@every_optimizer
-@cases(none=True)
+@pairwise({"case": those(none=True), "kind": list(OPTIMIZERS), "foreach": PATHS})
 def test_weights_keep_their_storage(case: Case, kind: str, foreach: bool) -> None:
     p = weight_of(case, torch.float32)
     pointer, version = p.data_ptr(), p.detach().clone()
@@ -436,7 +390,7 @@ def test_weights_keep_their_storage(case: Case, kind: str, foreach: bool) -> Non
     assert not torch.equal(p, version)
 
 
-LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+LOW = [torch.bfloat16, torch.float16]
 
 
 def floats(optimizer: Any) -> dict[str, torch.dtype]:
@@ -449,9 +403,7 @@ def floats(optimizer: Any) -> dict[str, torch.dtype]:
     }
 
 
-@LOW
-@every_optimizer
-@cases(nuclear=False, none=True)
+@pairwise({"case": those(nuclear=False, none=True), "kind": list(OPTIMIZERS), "dtype": LOW})
 def test_low_precision_weights_have_float32_state(case: Case, kind: str, dtype: torch.dtype) -> None:
     p = weight_of(case, dtype)
     optimizer = build(kind, [p], case)
@@ -498,9 +450,7 @@ def test_strength_as_scalar_tensor_survives_loading_in_bfloat16() -> None:
         same(q, p)
 
 
-@LOW
-@every_dual
-@cases(nuclear=False)
+@pairwise({"case": those(nuclear=False), "kind": DUAL, "dtype": LOW})
 def test_noop_steps_keep_the_support_in_low_precision(case: Case, kind: str, dtype: torch.dtype) -> None:
     p = weight_of(case, dtype)
     optimizer = build(kind, [p], case)
@@ -770,7 +720,6 @@ def edit_everything(net: Net, case: Case) -> None:
 
 
 EDITS = {name.removeprefix("edit_"): f for name, f in list(globals().items()) if name.startswith("edit_")}
-every_edit = pytest.mark.parametrize("edit", list(EDITS))
 QUIET = pytest.mark.parametrize("kind", ["linbreg", "linbreg-paper", "linbreg-sgd", "adabreg"])
 
 
@@ -792,12 +741,14 @@ def untouched_dual(case: Case, changed: Tensor) -> Tensor:
     return ~torch.isin(labels, labels[changed])
 
 
-@pytest.mark.parametrize(
-    ("kind", "foreach"),
-    [("linbreg", False), ("linbreg", True), ("linbreg-paper", False), ("linbreg-sgd", True), ("adabreg", False)],
+@pairwise(
+    {
+        "case": those(),
+        "edit": list(EDITS),
+        "kind": ["linbreg", "linbreg-paper", "linbreg-sgd", "adabreg"],
+        "foreach": PATHS,
+    }
 )
-@every_edit
-@cases()
 def test_edited_weights_are_honoured(case: Case, edit: str, kind: str, foreach: bool) -> None:
     net, optimizer = trained(kind, case, foreach=foreach)
     before, v = net.weight.detach().clone(), optimizer.state[net.weight]["dual"].clone()
@@ -1151,16 +1102,19 @@ BAD: list[tuple[tuple[type, ...], dict[str, Any], str, str]] = [
     (ALL, {"regularizer": tb.SparseGroupL1("filters")}, "groups", "filters"),
     (ALL, {"regularizer": tb.GroupL1(torch.zeros(4, 4, dtype=torch.long))}, "groups", "(4, 4)"),
 ]
-BAD_CASES = [
-    pytest.param(cls, options, name, value, id=f"{cls.__name__}-{'-'.join(options)}-{value}")
-    for classes, options, name, value in BAD
-    for cls in classes
-]
 
 
-@pytest.mark.parametrize("where", ["constructor", "group"])
-@pytest.mark.parametrize(("cls", "options", "name", "value"), BAD_CASES)
-def test_bad_options_are_named(cls: type, options: dict[str, Any], name: str, value: str, where: str) -> None:
+@pairwise(
+    {
+        "cls": ALL,
+        "classes,options,name,value": {"-".join(f"{k}={v!r}" for k, v in bad[1].items()): bad for bad in BAD},
+        "where": ["constructor", "group"],
+    },
+    where=lambda cls, classes, **_: cls in classes,
+)
+def test_bad_options_are_named(
+    cls: type, classes: tuple[type, ...], options: dict[str, Any], name: str, value: str, where: str
+) -> None:
     p = weight_of(REGULARISERS[0])
     group = {"params": [p], **options}
     with pytest.raises(ValueError, match=name) as caught:
