@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 from collections import Counter
@@ -46,8 +45,10 @@ def covering(rows: list[Row], strength: int = 2) -> list[Row]:
 
 def label(name: str, value: Any) -> str:
     """What an id says of a value of the argument `name`."""
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return name if value else f"no_{name}"
+    if isinstance(value, int | float):
+        return f"{name}{value}"
     if isinstance(value, tuple):
         return "x".join(map(str, value)) or "scalar"
     return str(getattr(value, "name", getattr(value, "__name__", value))).removeprefix("torch.").replace(" ", "_")
@@ -130,15 +131,10 @@ class ElasticNet(tb.Regularizer):
         return weight.sign() + self.mu * weight
 
 
-GROUPS = ("rows", "columns", "kernels", "filters", "channels")
 ENTRYWISE: dict[str, Callable[[], tb.Regularizer | None]] = {
     "none": lambda: None,
     "l1": tb.L1,
     "nonnegative": tb.NonNegativeL1,
-}
-GROUPED: dict[str, Callable[[], tb.Regularizer]] = {
-    **{f"group-{name}": functools.partial(tb.GroupL1, name) for name in GROUPS},
-    **{f"sparse-{name}": functools.partial(tb.SparseGroupL1, name, l1_ratio=0.3) for name in GROUPS},
 }
 
 

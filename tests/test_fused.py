@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import pickle
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cases import ENTRYWISE, FLOATS, ElasticNet, pairwise, same, through_disk, with_rates
 from torch import Tensor, nn
 
 pytest.importorskip("numba")
@@ -30,33 +29,19 @@ Shape = tuple[int, ...]
 # ---------------------------------------------------------------------- the tables
 
 
-@dataclass(frozen=True)
-class ElasticNet(tb.Regularizer):
-    """A user's own regulariser, with nothing but the three methods."""
-
-    mu: float = 0.5
-
-    def value(self, weight: Tensor, lam: float | Tensor = 1.0) -> Tensor:
-        return (lam * (weight.abs() + 0.5 * self.mu * weight.square())).sum()
-
-    def prox(self, x: Tensor, step: float | Tensor) -> Tensor:
-        return x.sign() * (x.abs() - step).clamp_min(0) / (1 + step * self.mu)
-
-    def subgradient(self, weight: Tensor) -> Tensor:
-        return weight.sign() + self.mu * weight
-
-
-OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "linbreg": (tb.LinBreg, {"lr": 0.02}),
-    "linbreg-paper": (tb.LinBreg, {"lr": 0.05, "momentum": 0.9}),
-    "linbreg-sgd": (tb.LinBreg, {"lr": 0.005, "momentum": 0.9, "momentum_rule": "sgd"}),
-    "linbreg-nesterov": (tb.LinBreg, {"lr": 0.005, "momentum": 0.9, "momentum_rule": "sgd", "nesterov": True}),
-    "adabreg": (tb.AdaBreg, {"lr": 0.02}),
-    "adabreg-decoupled": (tb.AdaBreg, {"lr": 0.02, "weight_decay": 0.5, "decoupled_weight_decay": True}),
-    "proxsgd": (tb.ProxSGD, {"lr": 0.02}),
-    "proxsgd-momentum": (tb.ProxSGD, {"lr": 0.005, "momentum": 0.9}),
-    "proxsgd-nesterov": (tb.ProxSGD, {"lr": 0.005, "momentum": 0.9, "nesterov": True}),
-}
+OPTIMIZERS = with_rates(
+    {
+        "linbreg": 0.02,
+        "linbreg-paper": 0.05,
+        "linbreg-sgd": 0.005,
+        "linbreg-nesterov": 0.005,
+        "adabreg": 0.02,
+        "adabreg-decoupled": 0.02,
+        "proxsgd": 0.02,
+        "proxsgd-momentum": 0.005,
+        "proxsgd-nesterov": 0.005,
+    }
+)
 DUAL = [kind for kind in OPTIMIZERS if not kind.startswith("prox")]
 LAM = 0.1
 
@@ -67,11 +52,6 @@ ANY: tuple[Shape, ...] = ((37, 53), (5,), (3, 4, 3, 3), (), (0, 3))
 LARGE = {2: (300, 1000), 4: (128, 256, 3, 3)}
 assert all(np.prod(shape) > fused.SMALL for shape in LARGE.values())
 
-ENTRYWISE: dict[str, Callable[[], tb.Regularizer | None]] = {
-    "none": lambda: None,
-    "l1": tb.L1,
-    "nonnegative": tb.NonNegativeL1,
-}
 GROUPED: dict[str, Callable[[], tb.Regularizer]] = {
     **{f"group-{name}": functools.partial(tb.GroupL1, name) for name in ("rows", "columns")},
     **{f"group-{name}": functools.partial(tb.GroupL1, name) for name in ("kernels", "filters", "channels")},
@@ -106,17 +86,14 @@ every_optimizer = pytest.mark.parametrize("kind", list(OPTIMIZERS))
 every_dual = pytest.mark.parametrize("kind", DUAL)
 
 
-def in_either_dtype(kinds: list[str]) -> pytest.MarkDecorator:
-    """Every optimizer in float32 and float64. A kernel takes seconds to compile, so some wait for `-m slow`."""
-    cases = []
-    for kind in kinds:
-        slow = [pytest.mark.slow] if kind not in ("linbreg", "adabreg", "proxsgd") else []
-        cases.append(pytest.param(kind, torch.float32, id=f"{kind}-float32"))
-        cases.append(pytest.param(kind, torch.float64, id=f"{kind}-float64", marks=slow))
-    return pytest.mark.parametrize(("kind", "dtype"), cases)
+def waits(kind: str, dtype: torch.dtype, **_: Any) -> bool:
+    """A kernel takes seconds to compile, so some optimizers in float64 wait for `-m slow`."""
+    return dtype == torch.float64 and kind not in ("linbreg", "adabreg", "proxsgd")
 
 
-either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def in_either_dtype(kinds: list[str]) -> dict[str, tuple[str, torch.dtype]]:
+    """Every optimizer in float32 and float64, as values of "kind,dtype": they meet with all others as one option."""
+    return {f"{kind}-{name}": (kind, dtype) for kind in kinds for name, dtype in FLOATS.items()}
 
 
 def shapes_of(name: str, *, large: bool = False) -> tuple[Shape, ...]:
@@ -223,18 +200,6 @@ def twins(kind: str, name: str, dtype: torch.dtype = torch.float32, *, large: bo
     return Twins(kind, starts, reg, **options)
 
 
-def same(a: Tensor, b: Tensor) -> None:
-    """Equal to the last bit."""
-    torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=0, equal_nan=True)
-
-
-def through_disk(thing: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(thing, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """The passes of the kernel that ran since the test began, and the writes of groups."""
@@ -263,17 +228,8 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 # ---------------------------------------------------------------------- fused against readable
 
-VARIANTS = [
-    {"weight_decay": decay, "maximize": maximize, "delta": delta}
-    for decay in (0.0, 0.1)
-    for maximize in (False, True)
-    for delta in (1.0, 0.7)
-]
-
-
-def name_of(variant: dict[str, Any]) -> str:
-    names = [f"decay{variant['weight_decay']}", "maximize" if variant["maximize"] else "", f"delta{variant['delta']}"]
-    return "-".join(filter(None, names))
+DECAYS = {"plain": 0.0, "decay": 0.1}
+SIGNS = {"minimize": False, "maximize": True}
 
 
 def course(pair: Twins, kind: str) -> None:
@@ -291,47 +247,58 @@ def course(pair: Twins, kind: str) -> None:
         assert any(0 < int((p != 0).sum()) < p.numel() for p in pair.params[0]), "all dead or all alive"
 
 
-def variant_for(kind: str, variant: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in variant.items() if k != "delta" or not kind.startswith("prox")}
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
-@pytest.mark.parametrize("name", list(ENTRYWISE))
-@in_either_dtype(list(OPTIMIZERS))
-def test_entrywise(kind: str, name: str, variant: dict[str, Any], dtype: torch.dtype, ran: list[Any]) -> None:
-    if kind.startswith("prox") and variant["delta"] != 1:
-        pytest.skip("ProxSGD has no δ")
-    large = variant in (VARIANTS[0], VARIANTS[-1 if not kind.startswith("prox") else -2])
-    pair = twins(kind, name, dtype, large=large, **variant_for(kind, variant))
+@pairwise(
+    {
+        "kind": list(OPTIMIZERS), "dtype": FLOATS, "name": list(ENTRYWISE), "decay": DECAYS, "maximize": SIGNS,
+        "delta": [1.0, 0.7], "large": [False, True],
+    },
+    where=lambda kind, delta, **_: not kind.startswith("prox") or delta == 1,  # ProxSGD has no δ
+    slow=waits,
+    strength=3,
+)  # fmt: skip
+def test_entrywise(
+    kind: str, dtype: torch.dtype, name: str, decay: float, maximize: bool, delta: float, large: bool, ran: list[Any]
+) -> None:
+    more = {} if kind.startswith("prox") else {"delta": delta}
+    pair = twins(kind, name, dtype, large=large, weight_decay=decay, maximize=maximize, **more)
     course(pair, kind)
     pair.check()
     assert {mode for _, mode in ran} == {"PRIMAL" if kind.startswith("prox") else "BOTH"}
     assert len(ran) == 10
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=name_of)
-@pytest.mark.parametrize("name", list(GROUPED))
-@in_either_dtype(DUAL)
-def test_groups(kind: str, name: str, variant: dict[str, Any], dtype: torch.dtype, ran: list[Any]) -> None:
+@pairwise(
+    {
+        "kind,dtype": in_either_dtype(DUAL), "name": list(GROUPED), "decay": DECAYS, "maximize": SIGNS,
+        "delta": [1.0, 0.7], "large": [False, True],
+    },
+    where=lambda kind, large, **_: kind in ("linbreg", "adabreg") or not large,
+    slow=waits,
+)  # fmt: skip
+def test_groups(
+    kind: str, dtype: torch.dtype, name: str, decay: float, maximize: bool, delta: float, large: bool, ran: list[Any]
+) -> None:
     lam = (0.07 if kind.startswith("adabreg") else 0.08) * {"group-channels-unweighted": 12.0}.get(
         name, 6.0 if "unweighted" in name else 1.0
     )
-    pair = twins(
-        kind, name, dtype, large=kind in ("linbreg", "adabreg") and variant == VARIANTS[-1], lam=lam, **variant
-    )
+    pair = twins(kind, name, dtype, large=large, lam=lam, weight_decay=decay, maximize=maximize, delta=delta)
     course(pair, kind)
     pair.check()
     assert {mode for _, mode in ran} == {"DUAL", "WRITE"}
     assert ran.count(("groups", "WRITE")) == 10 * sum(p.numel() > 0 for p in pair.params[1])
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=name_of)
-@pytest.mark.parametrize("name", list(OTHERS))
-@in_either_dtype(DUAL)
+@pairwise(
+    {
+        "kind,dtype": in_either_dtype(DUAL), "name": list(OTHERS), "decay": DECAYS, "maximize": SIGNS,
+        "delta": [1.0, 0.7],
+    },
+    slow=waits,
+)  # fmt: skip
 def test_readable_prox_after_a_fused_move(
-    kind: str, name: str, variant: dict[str, Any], dtype: torch.dtype, ran: list[Any]
+    kind: str, dtype: torch.dtype, name: str, decay: float, maximize: bool, delta: float, ran: list[Any]
 ) -> None:
-    pair = twins(kind, name, dtype, **variant)
+    pair = twins(kind, name, dtype, weight_decay=decay, maximize=maximize, delta=delta)
     pair.walk(4)
     pair.set(lam=1.3 * LAM)
     pair.walk(6, seed=2)
@@ -549,13 +516,18 @@ EDITS: dict[str, Callable[[Tensor], Any]] = {
 SEEN_LATE = {"data-wake": lambda p: wake_entry(p.data), "data-wake-many": lambda p: wake_many(p.data)}
 
 
-@pytest.mark.parametrize("edit", [*EDITS, *SEEN_LATE])
-@pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("kind", ["linbreg", "linbreg-nesterov", "adabreg", "proxsgd"])
-def test_an_edit_is_honoured_as_in_the_readable_step(kind: str, name: str, edit: str) -> None:
-    if name == "none" and "wake" in edit:
-        pytest.skip("no weight is zero")
-    large, options = edit in EDITS and kind == "linbreg", {"lam": 1.5} if kind == "proxsgd" else {"delta": 0.7}
+@pairwise(
+    {
+        "kind": ["linbreg", "linbreg-nesterov", "adabreg", "proxsgd"], "name": SOME, "edit": [*EDITS, *SEEN_LATE],
+        "large": [False, True],
+    },
+    where=lambda kind, name, edit, large: (
+        not (name == "none" and "wake" in edit)  # no weight is zero there
+        and (not large or (kind == "linbreg" and edit in EDITS))
+    ),
+)  # fmt: skip
+def test_an_edit_is_honoured_as_in_the_readable_step(kind: str, name: str, edit: str, large: bool) -> None:
+    options = {"lam": 1.5} if kind == "proxsgd" else {"delta": 0.7}
     pair = twins(kind, name, large=large, **options)
     pair.walk(4)
     before = [p.detach().clone() for p in pair.params[1]]
@@ -565,9 +537,7 @@ def test_an_edit_is_honoured_as_in_the_readable_step(kind: str, name: str, edit:
     pair.check()
 
 
-@pytest.mark.parametrize("edit", ["mul", "data-mul", "wake-many"])
-@pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("lam", [0.0, 0.05, 0.3])
+@pairwise({"name": SOME, "edit": ["mul", "data-mul", "wake-many"], "lam": [0.0, 0.05, 0.3]})
 def test_an_edit_together_with_a_new_lam(lam: float, name: str, edit: str) -> None:
     pair = twins("linbreg", name)
     pair.walk(4)
@@ -621,7 +591,7 @@ def one_live_row(shape: Shape = (1024, 512), dtype: torch.dtype = torch.float32)
     return nn.Parameter(w), torch.zeros_like(w)
 
 
-@in_either_dtype(DUAL)
+@pairwise({"kind": DUAL, "dtype": FLOATS}, slow=waits)
 def test_an_entry_set_past_torch_in_a_dead_line_is_followed_in_time(kind: str, dtype: torch.dtype) -> None:
     cls, options = OPTIMIZERS[kind]
     p, zero = one_live_row(dtype=dtype)
@@ -760,9 +730,13 @@ def test_alive_line_memory_is_right_at_every_place() -> None:
 # ---------------------------------------------------------------------- layout in memory
 
 
-@pytest.mark.parametrize("contiguous_gradient", [False, True])
-@pytest.mark.parametrize("shape", [(11, 7, 3, 3), (128, 256, 3, 3)], ids=["small", "large"])
-@pytest.mark.parametrize("name", ["l1", "group-filters", "group-channels", "group-kernels", "sparse-channels"])
+@pairwise(
+    {
+        "name": ["l1", "group-filters", "group-channels", "group-kernels", "sparse-channels"],
+        "shape": {"small": (11, 7, 3, 3), "large": (128, 256, 3, 3)},
+        "contiguous_gradient": [False, True],
+    }
+)
 def test_channels_last(name: str, shape: Shape, contiguous_gradient: bool, ran: list[Any]) -> None:
     reg = REGULARISERS[name]()
     pair = Twins("linbreg-paper", [start(reg, shape).to(memory_format=torch.channels_last)], reg)
@@ -785,19 +759,19 @@ def test_layout_changed_on_the_way() -> None:
     pair.check()
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda g: g.t().contiguous().t(),
-        lambda g: torch.stack([g, g], -1)[..., 0],
-        lambda g: torch.zeros(1).expand(g.shape),
-        lambda g: g[:1].expand(g.shape),
-        lambda g: torch.cat([torch.zeros(1), g.reshape(-1)])[1:].view(g.shape),
-    ],
-    ids=["transposed", "strided", "zeros", "one row", "offset"],
+@pairwise(
+    {
+        "kind": ["linbreg", "linbreg-sgd", "adabreg", "proxsgd"],
+        "name": ["l1", "group-rows"],
+        "layout": {
+            "transposed": lambda g: g.t().contiguous().t(),
+            "strided": lambda g: torch.stack([g, g], -1)[..., 0],
+            "zeros": lambda g: torch.zeros(1).expand(g.shape),
+            "one row": lambda g: g[:1].expand(g.shape),
+            "offset": lambda g: torch.cat([torch.zeros(1), g.reshape(-1)])[1:].view(g.shape),
+        },
+    }
 )
-@pytest.mark.parametrize("name", ["l1", "group-rows"])
-@pytest.mark.parametrize("kind", ["linbreg", "linbreg-sgd", "adabreg", "proxsgd"])
 def test_gradient_layout(kind: str, name: str, layout: Callable[[Tensor], Tensor], ran: list[Any]) -> None:
     pair = Twins(kind, [start(REGULARISERS[name](), (37, 53))], REGULARISERS[name](), weight_decay=0.1)
     for g in gradients((37, 53), 5):
@@ -806,9 +780,7 @@ def test_gradient_layout(kind: str, name: str, layout: Callable[[Tensor], Tensor
     assert bool(ran) == (kind != "proxsgd" or name == "l1")
 
 
-@pytest.mark.parametrize("name", ["l1", "group-rows", "group-columns", "sparse-rows"])
-@pytest.mark.parametrize("offset", [1, 3, 5, 8])
-@either_dtype
+@pairwise({"name": ["l1", "group-rows", "group-columns", "sparse-rows"], "offset": [1, 3, 5, 8], "dtype": FLOATS})
 def test_views_into_one_buffer(name: str, offset: int, dtype: torch.dtype, ran: list[Any]) -> None:
     """Lines that begin anywhere; what lies between the parameters is not touched."""
     reg, shapes = REGULARISERS[name](), [(37, 53), (5, 3), (64, 16), (300, 1000)]
@@ -883,9 +855,12 @@ def assert_same_run(a: Any, b: Any) -> None:
             same(torch.as_tensor(b.state[q][name]), torch.as_tensor(value))
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, through_disk], ids=["deepcopy", "disk"])
-@pytest.mark.parametrize("name", ["l1", "nonnegative", "group-rows", "sparse-channels"])
-@every_optimizer
+@pairwise(
+    {
+        "kind": list(OPTIMIZERS), "name": ["l1", "nonnegative", "group-rows", "sparse-channels"],
+        "way": {"deepcopy": copy.deepcopy, "disk": through_disk},
+    }
+)  # fmt: skip
 def test_a_loaded_run_goes_on_bit_for_bit(kind: str, name: str, way: Callable[[Any], Any]) -> None:
     pair = twins(kind, name, large=True)
     optimizer, params = pair.fused, pair.params[1]
@@ -897,9 +872,12 @@ def test_a_loaded_run_goes_on_bit_for_bit(kind: str, name: str, way: Callable[[A
     assert_same_run(optimizer, other)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("name", ["l1", "group-rows"])
-@every_optimizer
+@pairwise(
+    {
+        "kind": list(OPTIMIZERS), "name": ["l1", "group-rows"],
+        "way": {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))},
+    }
+)  # fmt: skip
 def test_a_copied_optimizer_goes_on_bit_for_bit(kind: str, name: str, way: Callable[[Any], Any]) -> None:
     pair = twins(kind, name)
     optimizer, params = pair.fused, pair.params[1]
@@ -1176,9 +1154,7 @@ def test_a_nan_in_the_gradient_spoils_one_weight(kind: str, large: bool) -> None
     pair.check()
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("name", ["none", "l1", "nonnegative"])
-@every_optimizer
+@pairwise({"kind": list(OPTIMIZERS), "name": list(ENTRYWISE), "value": [float("inf"), float("-inf"), float("nan")]})
 def test_an_infinite_gradient(kind: str, name: str, value: float) -> None:
     pair = twins(kind, name)
     pair.walk(3)
@@ -1191,9 +1167,13 @@ def test_an_infinite_gradient(kind: str, name: str, value: float) -> None:
     pair.check()
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize("name", [name for name in GROUPED if "unweighted" not in name])
-@pytest.mark.parametrize("kind", ["linbreg", "adabreg"])
+@pairwise(
+    {
+        "kind": ["linbreg", "adabreg"],
+        "name": [name for name in GROUPED if "unweighted" not in name],
+        "value": [float("inf"), float("nan")],
+    }
+)
 def test_an_infinite_gradient_stays_in_its_group(kind: str, name: str, value: float) -> None:
     pair = twins(kind, name)
     pair.walk(3)
