@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import math
 import pickle
 import warnings
@@ -34,6 +33,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FLOATS, PATHS, pairwise, through_disk, with_rates
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedule
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -96,51 +96,64 @@ class Info:
         return self.cls(params, **{**self.base, **extra, **fresh})
 
 
+RATED = with_rates(
+    {
+        "linbreg": 0.01,
+        "linbreg-paper": 0.05,
+        "linbreg-sgd": 0.01,
+        "linbreg-nesterov": 0.01,
+        "adabreg": 0.01,
+        "proxsgd": 0.01,
+        "proxsgd-nesterov": 0.01,
+    }
+)
 SGD, ADAM_TWIN = torch.optim.SGD, torch.optim.Adam
 INFOS = {
     info.name: info
     for info in [
-        Info("LinBreg", tb.LinBreg, {"lr": 0.01}, functools.partial(SGD, lr=0.01), GENERAL + DELTA),
+        Info("LinBreg", *RATED["linbreg"], functools.partial(SGD, lr=0.01), GENERAL + DELTA),
         Info(
             "LinBreg-paper",
-            tb.LinBreg,
-            {"lr": 0.05, "momentum": 0.9},
+            *RATED["linbreg-paper"],
             functools.partial(SGD, lr=0.05, momentum=0.9),  # for its options; its rule is another
             GENERAL + DELTA,
         ),
         Info(
             "LinBreg-sgd",
-            tb.LinBreg,
-            {"lr": 0.01, "momentum": 0.9, "momentum_rule": "sgd"},
+            *RATED["linbreg-sgd"],
             functools.partial(SGD, lr=0.01, momentum=0.9),
             GENERAL + DELTA,
         ),
         Info(
             "LinBreg-nesterov",
-            tb.LinBreg,
-            {"lr": 0.01, "momentum": 0.9, "momentum_rule": "sgd", "nesterov": True},
+            *RATED["linbreg-nesterov"],
             functools.partial(SGD, lr=0.01, momentum=0.9, nesterov=True),
             GENERAL + DELTA,
         ),
-        Info("AdaBreg", tb.AdaBreg, {"lr": 0.01}, functools.partial(ADAM_TWIN, lr=0.01), GENERAL + DELTA + ADAM),
-        Info("ProxSGD", tb.ProxSGD, {"lr": 0.01}, functools.partial(SGD, lr=0.01), GENERAL, has_state=False),
+        Info("AdaBreg", *RATED["adabreg"], functools.partial(ADAM_TWIN, lr=0.01), GENERAL + DELTA + ADAM),
+        Info("ProxSGD", *RATED["proxsgd"], functools.partial(SGD, lr=0.01), GENERAL, has_state=False),
         Info(
             "ProxSGD-nesterov",
-            tb.ProxSGD,
-            {"lr": 0.01, "momentum": 0.9, "nesterov": True},
+            *RATED["proxsgd-nesterov"],
             functools.partial(SGD, lr=0.01, momentum=0.9, nesterov=True),
             GENERAL,
         ),
     ]
 }
 each = pytest.mark.parametrize("info", INFOS.values(), ids=INFOS.keys())
-penalised = pytest.mark.parametrize("penalty", ["none", "l1"])
+PENALTIES = ["none", "l1"]
+penalised = pytest.mark.parametrize("penalty", PENALTIES)
 IDENTICAL = [info for name, info in INFOS.items() if name != "LinBreg-paper"]
 identical = pytest.mark.parametrize("info", IDENTICAL, ids=[info.name for info in IDENTICAL])
-with_inputs = pytest.mark.parametrize(
-    ("info", "given"),
-    [pytest.param(i, g, id=f"{i.name}-{g.desc.replace(' ', '_')}") for i in INFOS.values() for g in i.inputs],
-)
+INPUTS = {given.desc.replace(" ", "_"): given for info in INFOS.values() for given in info.inputs}
+
+
+def with_inputs(more: dict[str, Any] | None = None) -> pytest.MarkDecorator:
+    """Every optimizer with each of its inputs, and `more` options spread over them."""
+    return pairwise(
+        {"info": INFOS, "given": INPUTS, **(more or {})},
+        where=lambda info, given, **_: any(given is own for own in info.inputs),
+    )
 
 
 def thinned(p: Tensor) -> Tensor:
@@ -206,13 +219,6 @@ def same_tree(a: Any, b: Any) -> None:
 
 def differs(a: nn.Module, b: nn.Module) -> bool:
     return any(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
-def through_disk(thing: Any, *, weights_only: bool = True) -> Any:
-    file = io.BytesIO()
-    torch.save(thing, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
 
 
 # ---------------------------------------------------------------------- construction
@@ -321,7 +327,7 @@ def test_sparse_gradients_are_refused(info: Info) -> None:
     assert torch.equal(p, torch.ones_like(p))
 
 
-@with_inputs
+@with_inputs()
 def test_can_be_printed(info: Info, given: Input) -> None:
     optimizer = info.build([{"params": [_param()]}, {"params": [_param()], "lr": 0.5}], **given.kwargs)
     for text in (repr(optimizer), str(optimizer)):
@@ -410,11 +416,15 @@ def fit_line(info: Info, given: Input, *, contiguous: bool, schedulers: str, gro
     return losses, weight
 
 
-@pytest.mark.parametrize(
-    ("layout", "schedulers"),
-    [("strided", "plateau"), ("groups", "step"), *(("contiguous", name) for name in SCHEDULERS if "-" in name)],
+@with_inputs(
+    {
+        "layout,schedulers": {
+            "strided-plateau": ("strided", "plateau"),
+            "groups-step": ("groups", "step"),
+            **{f"contiguous-{name}": ("contiguous", name) for name in SCHEDULERS if "-" in name},
+        }
+    }
 )
-@with_inputs
 def test_goes_in_the_right_direction(info: Info, given: Input, layout: str, schedulers: str) -> None:
     losses, weight = fit_line(
         info, given, contiguous=layout != "strided", schedulers=schedulers, groups=layout == "groups"
@@ -423,7 +433,7 @@ def test_goes_in_the_right_direction(info: Info, given: Input, layout: str, sche
     assert weight.is_contiguous() == (layout != "strided")
 
 
-@with_inputs
+@with_inputs()
 def test_layout_does_not_change_the_numbers(info: Info, given: Input) -> None:
     """A strided weight is updated as its contiguous copy, also where weight and gradient have other strides."""
     strided = nn.Parameter(thinned(_param(7, 6)).detach().t())
@@ -439,9 +449,7 @@ def test_layout_does_not_change_the_numbers(info: Info, given: Input) -> None:
     assert not strided.is_contiguous()
 
 
-@penalised
-@each
-@pytest.mark.parametrize("shape", [(), (1,)], ids=["0d", "1d"])
+@pairwise({"info": INFOS, "penalty": PENALTIES, "shape": {"0d": (), "1d": (1,)}})
 def test_tensor_lr(info: Info, penalty: str, shape: tuple[int, ...]) -> None:
     """A tensor lr is the float lr, also while a scheduler changes it, and it stays that tensor."""
     lr = torch.full(shape, 0.0078125)
@@ -483,8 +491,7 @@ def mixed_parameters() -> list[nn.Parameter]:
     return params
 
 
-@penalised
-@with_inputs
+@with_inputs({"penalty": PENALTIES})
 def test_foreach_matches_forloop(info: Info, given: Input, penalty: str) -> None:
     sets = [mixed_parameters() for _ in range(3)]
     optimizers = [
@@ -544,8 +551,7 @@ def test_another_default_dtype(info: Info, penalty: str) -> None:
         assert all(v.dtype == torch.float32 for v in state.values() if isinstance(v, Tensor))
 
 
-@penalised
-@with_inputs
+@with_inputs({"penalty": PENALTIES})
 def test_step_without_gradients_is_a_noop(info: Info, given: Input, penalty: str) -> None:
     model = network(sparse=False)  # no state is made, so nobody warns of the dense start either
     optimizer = info.build(model.parameters(), penalty, **given.kwargs)
@@ -559,8 +565,7 @@ def test_step_without_gradients_is_a_noop(info: Info, given: Input, penalty: str
     assert not optimizer.state
 
 
-@penalised
-@with_inputs
+@with_inputs({"penalty": PENALTIES})
 def test_step_with_zero_gradients_is_a_noop(info: Info, given: Input, penalty: str) -> None:
     model = network()
     optimizer = info.build(model.parameters(), penalty, **{**given.kwargs, "weight_decay": 0.0})
@@ -581,8 +586,7 @@ def test_step_with_zero_gradients_is_a_noop(info: Info, given: Input, penalty: s
         assert torch.equal(p != 0, q != 0)
 
 
-@penalised
-@with_inputs
+@with_inputs({"penalty": PENALTIES})
 def test_gradients_are_neither_changed_nor_kept(info: Info, given: Input, penalty: str) -> None:
     """They may be overwritten in place between steps, as zero_grad(set_to_none=False) and DDP's buckets do."""
     params = [thinned(_param(3, 3)), thinned(_param(3, 3))]
@@ -680,8 +684,7 @@ def test_state_dict_is_deterministic(info: Info, penalty: str) -> None:
     same_tree(optimizer.state_dict(), first[1])  # asking changes nothing
 
 
-@penalised
-@with_inputs
+@with_inputs({"penalty": PENALTIES})
 def test_loading_brings_back_all_of_it(info: Info, given: Input, penalty: str) -> None:
     """What is saved, loaded into another optimizer and saved again is the same, keys included."""
     model = network()
@@ -694,9 +697,7 @@ def test_loading_brings_back_all_of_it(info: Info, given: Input, penalty: str) -
     same_tree(other.state_dict(), saved)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@penalised
-@with_inputs
+@with_inputs({"penalty": PENALTIES, "dtype": [torch.float32, torch.bfloat16]})
 def test_goes_on_after_loading_as_without(info: Info, given: Input, penalty: str, dtype: torch.dtype) -> None:
     model = network(dtype)
     optimizer = info.build(model.parameters(), penalty, **given.kwargs)
@@ -1012,9 +1013,7 @@ def scheduled(model: nn.Module, optimizer: Any, scheduler: Any) -> list[tuple[An
     return trace
 
 
-@pytest.mark.parametrize("name", list(TABLE))
-@penalised
-@each
+@pairwise({"info": INFOS, "name": list(TABLE), "penalty": PENALTIES})
 def test_schedulers(info: Info, name: str, penalty: str) -> None:
     """lr, momentum and betas go as those of torch's own optimizer, and so, without a regulariser, do the weights."""
     model, other = network(), network()
@@ -1069,9 +1068,7 @@ def test_scheduler_and_optimizer_resume_together(info: Info, penalty: str) -> No
 # ---------------------------------------------------------------------- averages and scaled gradients
 
 
-@pytest.mark.parametrize("decay", [None, 0.75], ids=["swa", "ema"])
-@penalised
-@each
+@pairwise({"info": INFOS, "penalty": PENALTIES, "decay": {"swa": None, "ema": 0.75}})
 def test_averaged_models(info: Info, penalty: str, decay: float | None) -> None:
     model, other = network(torch.float64), network(torch.float64)
     optimizer, undisturbed = (info.build(m.parameters(), penalty) for m in (model, other))
@@ -1149,20 +1146,18 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"eps": 1e-4, "weight_decay": 0.1, "maximize": True},
     ],
 }
-TWINS = [
-    pytest.param(ours, theirs, rule, options, id=f"{ours.__name__}-{'-'.join(f'{k}={v}' for k, v in options.items())}")
+TWINS = {
+    f"{ours.__name__}-{'-'.join(f'{k}={v}' for k, v in options.items())}": (ours, theirs, rule, options)
     for ours, theirs, rule, variants in (
         (tb.LinBreg, SGD, {"momentum_rule": "sgd"}, VARIANTS["SGD"]),
         (tb.ProxSGD, SGD, {}, VARIANTS["SGD"][2::3]),
         (tb.AdaBreg, ADAM_TWIN, {}, VARIANTS["Adam"]),
     )
     for options in variants
-]
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("foreach", [False, True], ids=["forloop", "foreach"])
-@pytest.mark.parametrize(("ours", "theirs", "rule", "options"), TWINS)
+@pairwise({"ours,theirs,rule,options": TWINS, "foreach": PATHS, "dtype": FLOATS})
 def test_without_a_regulariser_it_is_torchs_optimizer(
     ours: Any, theirs: Any, rule: dict[str, Any], options: dict[str, Any], foreach: bool, dtype: torch.dtype
 ) -> None:
