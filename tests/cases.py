@@ -18,29 +18,29 @@ import torch_bregman as tb
 
 # ---------------------------------------------------------------------- few combinations of many options
 
-Row = tuple[int, ...]
+Row = tuple[Any, ...]
 
 
 def covering(rows: list[Row], strength: int = 2) -> list[Row]:
-    """Some of `rows`, in which every pair of values (`strength` of them) meets that meets in any row.
+    """Some of `rows`, in which every pair of values (`strength` of them) meets that meets in any row; in their order.
 
     Greedy: the row with most pairs that are still missing comes next; of equals the one whose values came least often,
     then the first. So the choice is the same everywhere, and is near the fewest rows that there can be.
     """
-    number: dict[tuple[tuple[int, int], ...], int] = {}
+    number: dict[Row, int] = {}
     masks = []  # of every row, a bit for each of its pairs
     for row in rows:
         pairs = itertools.combinations(enumerate(row), min(strength, len(row)))
         masks.append(sum(1 << number.setdefault(pair, len(number)) for pair in pairs))
-    missing, chosen, used = (1 << len(number)) - 1, set(), Counter[tuple[int, int]]()
+    missing, chosen, used = (1 << len(number)) - 1, [], Counter[tuple[int, Any]]()
     while missing:
         new = [(mask & missing).bit_count() for mask in masks]
         best = [k for k, count in enumerate(new) if count == max(new)]
         k = min(best, key=lambda k: sum(used[value] for value in enumerate(rows[k])))
         missing &= ~masks[k]
         used.update(enumerate(rows[k]))
-        chosen.add(rows[k])
-    return sorted(chosen)
+        chosen.append(k)
+    return [rows[k] for k in sorted(chosen)]
 
 
 def label(name: str, value: Any) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from cases import FLOATS, ElasticNet, covering, labels
 from scipy import optimize
 from torch import Tensor
 
@@ -28,23 +29,7 @@ SHAPES = {
     "conv1d": (4, 3, 5),
     "depthwise": (6, 1, 3, 3),
 }
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BY_NAME = {2: ("rows", "columns"), 3: ("kernels", "filters", "channels"), 4: ("kernels", "filters", "channels")}
-
-
-def labels(groups: str, shape: tuple[int, ...]) -> Array:
-    """The group number of every entry, from the definition of each grouping."""
-    at = np.indices(shape)
-    out, inputs = at[0], at[1]
-    return {
-        "rows": out,
-        "columns": inputs,
-        "kernels": out * shape[1] + inputs,
-        "filters": out,
-        "channels": inputs,
-        "index": (out * 7 + inputs * 3 + at[-1] * 5) % 4,
-        "index of rows": np.broadcast_to(out // 2, shape),
-    }[groups]
 
 
 def index(groups: str, shape: tuple[int, ...]) -> str | Tensor:
@@ -165,13 +150,30 @@ def name_of(case: Case) -> str:
     return "-".join([part for part in parts if part] + ([] if case.weighted else ["unweighted"]))
 
 
-every = pytest.mark.parametrize("case", cases(), ids=name_of)
+CASES = cases()
+
+
+def those(*, strength: int = 2, nuclear: bool = True) -> pytest.MarkDecorator:
+    """Some of `CASES`: every two (`strength`) of kind, shape, groups, weighting and ratio meet that do in all."""
+    rows = [dataclasses.astuple(case) for case in CASES if nuclear or case.kind != "NuclearNorm"]
+    return pytest.mark.parametrize("case", [Case(*row) for row in covering(rows, strength)], ids=name_of)
+
+
+def those_in_either_dtype(strength: int = 2) -> pytest.MarkDecorator:
+    """The same with the dtype as one more trait."""
+    rows = covering([(*dataclasses.astuple(case), name) for case in CASES for name in FLOATS], strength)
+    found = [(Case(*traits), name) for *traits, name in rows]
+    params = [pytest.param(case, FLOATS[name], id=f"{name_of(case)}-{name}") for case, name in found]
+    return pytest.mark.parametrize(("case", "dtype"), params)
+
+
+every = those()
 objects_that_fit_any_matrix = pytest.mark.parametrize(
     "reg",
     [tb.L1(), tb.NonNegativeL1(), tb.GroupL1("rows"), tb.SparseGroupL1("columns", 0.3), tb.NuclearNorm()],
     ids=["L1", "NonNegativeL1", "GroupL1", "SparseGroupL1", "NuclearNorm"],
 )
-both = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
+both = pytest.mark.parametrize("dtype", FLOATS.values(), ids=list(FLOATS))
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -180,7 +182,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def test_the_samples_are_half_alive():
     """Otherwise the tables below would check only live, or only dead weights."""
-    for case in cases():
+    for case in CASES:
         x, step = case.sample()
         s = case.reg.prox(x, step)
         if case.kind == "NuclearNorm":
@@ -194,7 +196,7 @@ def test_the_samples_are_half_alive():
 # ---------------------------------------------------------------------- value
 
 
-@every
+@those(strength=3)
 def test_value_is_the_double_loop(case):
     x, _ = case.sample()
     weight = x.abs() if case.kind == "NonNegativeL1" else x
@@ -205,7 +207,7 @@ def test_value_is_the_double_loop(case):
     assert case.reg.value(weight, torch.tensor(0.3, dtype=x.dtype)).shape == ()
 
 
-@pytest.mark.parametrize("case", [c for c in cases() if c.kind != "NuclearNorm"], ids=name_of)
+@those(nuclear=False)
 def test_value_and_prox_with_a_lambda_per_group(case):
     """λ as a tensor: the prox minimises the value with the same λ."""
     x, step = case.sample()
@@ -257,7 +259,7 @@ def test_nuclear_norm_takes_one_lambda_only():
     assert torch.allclose(tb.NuclearNorm().prox(x, scalar), tb.NuclearNorm().prox(x, 0.3))
 
 
-@pytest.mark.parametrize("case", [c for c in cases() if c.kind != "NuclearNorm"], ids=name_of)
+@those(nuclear=False)
 def test_value_has_a_finite_gradient_where_groups_are_zero(case):
     """The Lasso baseline differentiates J by autograd; at zero groups that must not be 0/0."""
     x, step = case.sample()
@@ -297,8 +299,7 @@ def minimises(case: Case, x: Tensor, s: Tensor, penalty: Value) -> bool:
     )
 
 
-@every
-@both
+@those_in_either_dtype(strength=3)
 def test_prox_is_the_minimiser(case, dtype):
     x, step = case.sample(dtype)
     s = case.reg.prox(x, step)
@@ -443,8 +444,7 @@ def is_subgradient(case: Case, p: Tensor, s: Tensor, x: Tensor, slack: float) ->
     )
 
 
-@every
-@both
+@those_in_either_dtype(strength=3)
 def test_subgradients_satisfy_the_inequality(case, dtype):
     x, step = case.sample(dtype)
     reg, slack = case.reg, tolerance(dtype)
@@ -496,7 +496,7 @@ def test_nearest_subgradient_is_the_projection(case):
 
 def test_nearest_subgradient_keeps_what_the_dual_remembers():
     """A p that is a subgradient already comes back as it is, so a dual below the threshold is not forgotten."""
-    for case in cases():
+    for case in CASES:
         x, step = case.sample()
         s = case.reg.prox(x, step)
         held = (x - s) / step
@@ -505,8 +505,7 @@ def test_nearest_subgradient_keeps_what_the_dual_remembers():
             assert float(held[s == 0].abs().max()) > 0.01  # there is something to remember
 
 
-@every
-@both
+@those_in_either_dtype()
 def test_the_start_of_the_dual_gives_the_weights_back(case, dtype):
     """prox_{δJ}(δ(θ/δ + λp)) = θ."""
     x, step = case.sample(dtype)
@@ -549,8 +548,7 @@ def test_firmly_nonexpansive(case):
         assert float(gap.square().sum()) <= float((gap * (x - y)).sum()) + 1e-12 * float((x - y).square().sum())
 
 
-@every
-@both
+@those_in_either_dtype()
 def test_zeros_are_exact(case, dtype):
     """Not small: zero. At a threshold entries are zero, so the weights of an exact density are."""
     x, step = case.sample(dtype)
@@ -566,8 +564,7 @@ def test_zeros_are_exact(case, dtype):
     assert (case.reg.prox(x, torch.tensor(1e30, dtype=dtype)) == 0).all()
 
 
-@every
-@both
+@those_in_either_dtype()
 def test_edges(case, dtype):
     """Zero input, zero groups, no step, an enormous step: no NaN anywhere."""
     x, step = case.sample(dtype)
@@ -640,7 +637,7 @@ def test_thresholds(case):
     check_thresholds(case.reg, x)
 
 
-@pytest.mark.parametrize("case", [c for c in cases() if c.kind != "NuclearNorm"], ids=name_of)
+@those(nuclear=False)
 def test_thresholds_of_entries_that_are_zero(case):
     """Where v = 0 (a pixel that is always black) the weight is zero at every λ, also in a live group."""
     x, _ = case.sample()
@@ -698,7 +695,7 @@ def test_a_rank_one_start_stays_rank_one(shape, dtype):
 
 def test_rank_counts_what_is_not_rounding():
     gen = torch.Generator().manual_seed(0)
-    for dtype in DTYPES.values():
+    for dtype in FLOATS.values():
         for rank in (1, 3, 6):
             left = torch.randn(10, rank, generator=gen, dtype=dtype)
             weight = left @ torch.randn(rank, 8, generator=gen, dtype=dtype)
@@ -841,21 +838,6 @@ class Weighted(tb.Regularizer):
         return self.c * weight.sign()
 
 
-class ElasticNet(Weighted):
-    """J = λ Σ (|θ| + θ²/2): not homogeneous."""
-
-    homogeneous = False
-
-    def value(self, weight, lam=1.0):
-        return (lam * (weight.abs() + weight.square() / 2)).sum()
-
-    def prox(self, x, step):
-        return x.sign() * (x.abs() - step).clamp_min(0) / (1 + step)
-
-    def subgradient(self, weight):
-        return weight.sign() + weight
-
-
 class Rows(tb.Regularizer):
     """J = λ Σ_rows ‖θ_r‖: entries hang together, and no method says so."""
 
@@ -897,7 +879,7 @@ def test_custom_defaults_of_a_separable_one():
 
 def test_custom_defaults_of_one_that_is_not_homogeneous():
     gen = torch.Generator().manual_seed(0)
-    reg, v = ElasticNet(), torch.randn(4, 6, generator=gen, dtype=torch.float64)
+    reg, v = ElasticNet(mu=1.0), torch.randn(4, 6, generator=gen, dtype=torch.float64)
     weight = reg.prox(v, 0.7)
     near = 3 * torch.randn(4, 6, generator=gen, dtype=torch.float64)
     wanted = torch.where(weight == 0, near.clamp(-1, 1), weight.sign() + weight)
