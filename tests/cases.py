@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,14 @@ def pairwise(
     where: Callable[..., bool] = lambda **_: True,
     slow: Callable[..., bool] = lambda **_: False,
     strength: int = 2,
+    indirect: Sequence[str] = (),
 ) -> pytest.MarkDecorator:
     """Parametrise a test with few combinations of `options`, in which every two values meet that may.
 
     `options`: argument → its values, or id → value; "cls,options" → tuples of values that belong together.
     `where` and `slow` get a combination by the names of its arguments: whether there is such a case, and whether it
-    waits for `-m slow` (the others cover their pairs without it). `strength=3`: every three values meet.
+    waits for `-m slow` (the others cover their pairs without it). `strength=3`: every three values meet. `indirect`:
+    the arguments that are fixtures.
     """
     names = ",".join(options).split(",")
     columns: list[list[tuple[str, tuple[Any, ...]]]] = []
@@ -86,7 +88,7 @@ def pairwise(
         for row in covering(found, strength):
             words = "-".join(column[k][0] for column, k in zip(columns, row, strict=True))
             params.append(pytest.param(*arguments(row), id=words, marks=[pytest.mark.slow] if waits else []))
-    return pytest.mark.parametrize(names, params)
+    return pytest.mark.parametrize(names, params, indirect=indirect)
 
 
 FLOATS = {"float32": torch.float32, "float64": torch.float64}

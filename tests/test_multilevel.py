@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ from torch_bregman import kernels, multilevel
 from torch_bregman.restriction import Support, choice, missed
 from torch_bregman.restriction.missed import make_up
 
-FORMS = ["masked", pytest.param("sparse", marks=pytest.mark.skipif(not kernels.available(), reason="needs numba"))]
+FORMS = ["masked", "sparse"]
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "linbreg": lambda groups: tb.LinBreg(groups, lr=0.2),
@@ -40,6 +41,8 @@ def _double() -> Iterator[None]:
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every layer computes in this form, whatever is faster."""
+    if request.param == "sparse" and not kernels.available():
+        pytest.skip("needs numba")
     for name in ("MARGIN", "ABLE"):
         monkeypatch.setattr(choice, name, float("inf") if request.param == "sparse" else 0.0)
     return str(request.param)
@@ -340,16 +343,21 @@ def stepped(shape: tuple[int, ...], reg: Any, gradients: list[Tensor]) -> tuple[
     return p, optimizer
 
 
-@pytest.mark.parametrize("regularizer", [tb.L1(), tb.NonNegativeL1(), tb.GroupL1("kernels")], ids=repr)
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
-@pytest.mark.parametrize(
-    "few", [pytest.param(0, marks=pytest.mark.skipif(not kernels.available(), reason="needs numba")), 1000]
+@pairwise(
+    {
+        "regularizer": {repr(reg): reg for reg in (tb.L1(), tb.NonNegativeL1(), tb.GroupL1("kernels"))},
+        "maximize": [False, True],
+        "layout": {"rows": torch.contiguous_format, "channels last": torch.channels_last},
+        "few": {"kernel": 0, "torch": 1000},
+    },
+    strength=3,
 )
 def test_what_a_fine_step_makes_up_for(
     regularizer: Any, maximize: bool, layout: torch.memory_format, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the equations, entry by entry; with few=0 by the kernel."""
+    if not few and not kernels.available():
+        pytest.skip("needs numba")
     monkeypatch.setattr(missed, "FEW", few)
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(5, 4, 3, 3, generator=generator) + 1 for _ in range(30)]
@@ -575,9 +583,9 @@ def test_what_the_optimizer_holds_is_as_large_as_what_lives(form: str) -> None:
     assert all(p.grad is None for p in model.parameters() if p.dim() > 1)
 
 
-@pytest.mark.parametrize("stop", range(1, 13))
-@pytest.mark.parametrize("margin", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["sgd momentum", "adabreg"])
+@pairwise(
+    {"name": ["sgd momentum", "adabreg"], "margin": [0.0, 1.0], "stop": range(1, 13), "form": FORMS}, indirect=["form"]
+)
 def test_it_resumes_bit_for_bit_at_any_step(name: str, margin: float, stop: int, form: str) -> None:
     def make() -> tuple[Any, ...]:
         model = mlp()
