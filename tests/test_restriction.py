@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import FLOATS, pairwise
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,11 +24,10 @@ def sparse(shape: tuple[int, int], density: float, dtype: torch.dtype = torch.fl
     return weight * (torch.rand(shape, generator=generator) < density)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pairwise(
+    {"shape": SHAPES, "batch": BATCHES, "density": [0.0, 0.1, 1.0], "with_bias": [True, False], "dtype": FLOATS},
+    strength=3,  # the kernels go by shape, batch and dtype together
+)
 def test_it_is_the_dense_layer_with_masked_gradients(
     shape: tuple[int, int], batch: int, density: float, with_bias: bool, dtype: torch.dtype
 ) -> None:
