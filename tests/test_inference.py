@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,9 +65,7 @@ def chains(module: nn.Module) -> list[Chain]:
 
 
 @needs_numba
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
-@pytest.mark.parametrize("batch", [0, 1, 3, 16, 37, 130])
+@pairwise({"way": WAYS, "density": [0.0, 0.02, 0.3, 1.0], "batch": [0, 1, 3, 16, 37, 130]})
 def test_a_chain_of_linear_layers(way: str, density: float, batch: int) -> None:
     net = sparse(nn.Sequential(nn.Flatten(), nn.Linear(50, 67), nn.ReLU(), nn.Linear(67, 33, bias=False), nn.ReLU(),
                                nn.Linear(33, 20)), density)  # fmt: skip
@@ -88,12 +87,15 @@ def test_activations_are_fused(way: str, activation: nn.Module) -> None:
 
 
 @needs_numba
-@pytest.mark.parametrize("way", WAYS[1:])
-@pytest.mark.parametrize("pool", [None, (2,), (3, 2, 1), ((2, 1),), ((2, 2), 1), (1, 2)])
-@pytest.mark.parametrize(
-    "conv",
-    [(6, 8, 3), (6, 8, 3, 1, 1), (6, 8, 3, 2, 1), (6, 9, (1, 3), 1, (0, 2), 1, 3), (6, 6, 3, 1, 2, 2, 6),
-     (6, 8, 3, 1, "same"), (6, 8, 1), (6, 8, 3, (2, 1), (1, 2))],
+@pairwise(
+    {
+        "way": WAYS[1:],
+        "pool": [None, (2,), (3, 2, 1), ((2, 1),), ((2, 2), 1), (1, 2)],
+        "conv": [
+            (6, 8, 3), (6, 8, 3, 1, 1), (6, 8, 3, 2, 1), (6, 9, (1, 3), 1, (0, 2), 1, 3), (6, 6, 3, 1, 2, 2, 6),
+            (6, 8, 3, 1, "same"), (6, 8, 1), (6, 8, 3, (2, 1), (1, 2)),
+        ],
+    }
 )  # fmt: skip
 def test_a_chain_of_convolutions(way: str, pool: Any, conv: Any) -> None:
     after = [] if pool is None else [nn.MaxPool2d(*pool)]
