@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -280,9 +281,7 @@ def make(model: nn.Module, alive: dict[str, Tensor], x: Tensor) -> Compact:
     return Compact(graph, graph.cut(alive))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", NETWORKS)
+@pairwise({"name": list(NETWORKS), "training": [True, False], "seed": SEEDS})
 def test_same_outputs_and_gradients(name: str, training: bool, seed: int) -> None:
     model, alive, x = prepare(name, seed)
     compact = make(model.train(training), alive, x)
