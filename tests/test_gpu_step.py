@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cases import ENTRYWISE, FLOATS, RULES, pairwise
 
 import torch_bregman as tb
 from torch_bregman.optim import gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*more than half dense")  # a single number is dense or nothing
 
-CASES: list[tuple[type, dict[str, Any]]] = [
-    (tb.LinBreg, {}),
-    (tb.LinBreg, {"momentum": 0.9}),
-    (tb.LinBreg, {"momentum": 0.9, "momentum_rule": "sgd"}),
-    (tb.LinBreg, {"momentum": 0.9, "momentum_rule": "sgd", "nesterov": True, "weight_decay": 0.01}),
-    (tb.LinBreg, {"delta": 0.5, "maximize": True}),
-    (tb.AdaBreg, {}),
-    (tb.AdaBreg, {"weight_decay": 0.1, "eps": 1e-4}),
-    (tb.AdaBreg, {"weight_decay": 0.5, "decoupled_weight_decay": True}),
-    (tb.ProxSGD, {}),
-    (tb.ProxSGD, {"momentum": 0.9, "nesterov": True}),
-]
+CASES: dict[str, tuple[type, dict[str, Any]]] = {
+    **RULES,
+    "linbreg-nesterov": (tb.LinBreg, {**RULES["linbreg-nesterov"][1], "weight_decay": 0.01}),
+    "linbreg-maximize": (tb.LinBreg, {"delta": 0.5, "maximize": True}),
+    "adabreg-eps": (tb.AdaBreg, {"weight_decay": 0.1, "eps": 1e-4}),
+}
 
 
 def weights(device: str, dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -81,13 +77,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of bfloat16 the interpreter cuts bits off
-@pytest.mark.parametrize("regularizer", [None, tb.L1(), tb.NonNegativeL1()], ids=str)
-@pytest.mark.parametrize(("cls", "options"), CASES)
+@pairwise({"cls,options": CASES, "make": ENTRYWISE, "dtype": FLOATS})  # of bfloat16 the interpreter cuts bits off
 def test_the_equations_are_those_of_the_readable_step(
-    cls: type, options: dict[str, Any], regularizer: Any, dtype: torch.dtype, pretend: list[str]
+    cls: type, options: dict[str, Any], make: Callable[[], Any], dtype: torch.dtype, pretend: list[str]
 ) -> None:
-    agree(cls, options, regularizer, "cpu", dtype)
+    agree(cls, options, make(), "cpu", dtype)
     assert len(pretend) == 8
 
 
@@ -174,8 +168,7 @@ def test_a_state_saved_by_one_way_goes_on_by_the_other(pretend: list[str]) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("cls", "options"), CASES)
+@pairwise({"cls,options": CASES, "dtype": [torch.float32, torch.bfloat16]})
 def test_on_a_gpu(cls: type, options: dict[str, Any], dtype: torch.dtype) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
