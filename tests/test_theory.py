@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from cases import pairwise
 from scipy import optimize
 from torch import Tensor, nn
 
@@ -263,16 +264,15 @@ def test_a_unique_minimiser_is_found_whatever_the_regulariser(reg):
 # ---------------------------------------------------------------------- the loss falls, and by how much
 
 
-CONVEX = pytest.mark.parametrize(
-    ("reg", "lam"),
-    [(tb.L1(), 0.3), (tb.GroupL1("rows"), 0.1), (tb.GroupL1("columns"), 0.1), (tb.NuclearNorm(), 0.3)],
-    ids=["L1", "rows", "columns", "NuclearNorm"],
-)
+CONVEX = {
+    "L1": (tb.L1(), 0.3),
+    "rows": (tb.GroupL1("rows"), 0.1),
+    "columns": (tb.GroupL1("columns"), 0.1),
+    "NuclearNorm": (tb.NuclearNorm(), 0.3),
+}
 
 
-@CONVEX
-@pytest.mark.parametrize("delta", [0.5, 1.0, 4.0])
-@pytest.mark.parametrize("share", [0.3, 0.99])
+@pairwise({"reg,lam": CONVEX, "delta": [0.5, 1.0, 4.0], "share": [0.3, 0.99]})
 def test_the_loss_falls_by_the_amount_of_the_theorem(reg, lam, delta, share):
     """L(θ⁺) + D_sym/τ + (1/(δτ) − L/2)‖Δ‖² ≤ L(θ), with D_sym = ⟨p⁺ − p, Δ⟩, Δ = θ⁺ − θ.
 
@@ -320,8 +320,7 @@ def test_the_constants_of_the_theorem_are_sharp():
     assert problem(new)[0] + d_sym / tau - 4.0 / 2 * square == pytest.approx(before, rel=1e-12)
 
 
-@CONVEX
-@pytest.mark.parametrize("delta", [0.5, 4.0])
+@pairwise({"reg,lam": CONVEX, "delta": [0.5, 4.0]})
 def test_above_the_bound_the_loss_explodes(reg, lam, delta):
     problem = LeastSquares(randn(25, 12, seed=8) / 5, 3 * randn(25, seed=9))
     losses = {}
