@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import pairwise
 from safetensors.torch import load_file
 from torch import nn
 
@@ -78,9 +79,7 @@ def weights(model):
 # ---------------------------------------------------------------------- the density
 
 
-@pytest.mark.parametrize("kind", NAMES)
-@pytest.mark.parametrize("net", [mlp, convnet, tied])
-@pytest.mark.parametrize("density", [0.01, 0.1, 0.37, 0.9])
+@pairwise({"kind": NAMES, "net": [mlp, convnet, tied], "density": [0.01, 0.1, 0.37, 0.9]})
 def test_the_final_density_is_exact(kind, net, density):
     model = net()
     size = sum(w.numel() for w in {id(w): w for w in weights(model)}.values())
