@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FLOATS, pairwise
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -134,9 +135,7 @@ def test_threads_do_not_change_a_bit() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("batch", [1, 16, 37])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pairwise({"batch": [1, 16, 37], "layout": LAYOUTS, "dtype": FLOATS})
 def test_pooling_takes_the_first_of_equals(batch: int, layout: str, dtype: torch.dtype) -> None:
     x = torch.randint(-2, 3, (batch, 3, 11, 14)).to(dtype)
     x.view(-1)[::41], x.view(-1)[1::97], x[0, 0, :5] = float("nan"), float("inf"), float("-inf")
