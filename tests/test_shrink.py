@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -270,9 +271,7 @@ def difference(a: nn.Module, b: nn.Module, x: Tensor) -> float:
     return float((y - z).abs().max() / y.abs().max().clamp_min(1e-30))
 
 
-@pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
-@pytest.mark.parametrize("name", NETWORKS)
+@pairwise({"name": list(NETWORKS), "share": [0.5, 0.8, 0.95], "columns": {"rows": False, "columns": True}})
 def test_same_outputs_from_a_smaller_network(name: str, share: float, columns: bool) -> None:
     for seed in range(2):
         torch.manual_seed(seed)
