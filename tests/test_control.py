@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from cases import FLOATS, pairwise
 from torch import nn
 
 import torch_bregman as tb
@@ -44,9 +45,13 @@ def kept(model):
     return sum(int((m.weight != 0).sum()) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
 
 
-@pytest.mark.parametrize("mode", ["feedback", "exact"])
-@pytest.mark.parametrize("optimizer", ["adabreg", "linbreg", "momentum"])
-@pytest.mark.parametrize("density", [0.3, 0.05, 0.013])
+@pairwise(
+    {
+        "optimizer": ["adabreg", "linbreg", "momentum"],
+        "density": [0.3, 0.05, 0.013],
+        "mode": ["feedback", "exact"],
+    }
+)
 def test_the_last_step_lands_on_the_very_weight(optimizer, density, mode):
     model, optim = make(optimizer)
     train(model, optim, tb.TargetDensity(optim, density, mode, total_steps=STEPS), STEPS)
@@ -284,9 +289,7 @@ def test_threshold_takes_whole_groups():
 # ---------------------------------------------------------------------- λ found by counting, where it is nearly right
 
 
-@pytest.mark.parametrize("mode", ["exact", "feedback"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", [tb.LinBreg, tb.AdaBreg])
+@pairwise({"kind": [tb.LinBreg, tb.AdaBreg], "dtype": FLOATS, "mode": ["exact", "feedback"]})
 def test_counting_near_lam_finds_what_sorting_finds(
     kind: type, dtype: torch.dtype, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
