@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import whole
-from .layers import by_outputs, weight_layers
+from .layers import weight_layers
 from .optim.base import count_nonzero
 from .regularizers import NuclearNorm
 
@@ -124,9 +124,9 @@ def sparsity_report(model: nn.Module, *, rank: bool = False) -> SparsityReport:
     if not layers:
         raise ValueError("`model` has no Linear or Conv weights, so there is nothing to report.")
     counts, kernels = [], []
-    for _, module, weight in layers:
-        alive = whole(weight, lambda part: part != 0)
-        kernel = by_outputs(module, alive).any(3)  # [groups, outputs / groups, inputs / groups]
+    for layer in layers:
+        alive = whole(layer.weight, lambda part: part != 0)
+        kernel = layer.grouped(alive).any(3)  # [groups, outputs / groups, inputs / groups]
         kernels.append(kernel)
         counts += [torch.count_nonzero(t) for t in (alive, kernel.any(2), kernel.any(1), kernel)]
     flat = torch.stack([count.to(counts[0].device) for count in counts]).tolist()

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from .density import check_density
 from .distributed import assign, is_sharded
-from .layers import LAYERS, by_outputs, fan_in, weight_layers
+from .layers import LayerWeight, weight_layers
 from .optim.base import check_number
 from .regularizers import GROUPS, GroupL1, broadcasts, group_dims
 
@@ -72,10 +72,10 @@ def sparse_init_(
         raise ValueError(f"`groups` is {groups!r}, which fits none of the weights ({shapes}, …).")
     device = generator.device if generator is not None else torch.device("cpu")
 
-    def draw_bias(module: nn.Module) -> None:
-        bias, weight = module._parameters.get("bias"), module._parameters.get("weight")
-        if bias is not None and weight is not None and weight.numel():
-            bound = bias_scale / math.sqrt(fan_in(module, weight))
+    def draw_bias(layer: LayerWeight) -> None:
+        bias = layer.bias
+        if bias is not None and layer.weight.numel():
+            bound = bias_scale / math.sqrt(layer.fan_in)
             low = 0.0 if "relu" in nonlinearity or nonlinearity == "selu" else -bound
             # 1 − u for u in [0, 1) is never zero, and for ReLU positive.
             uniform = 1 - torch.empty(bias.shape, device=device).uniform_(generator=generator)
@@ -85,20 +85,20 @@ def sparse_init_(
         weight = layer.weight
         mask = _draw_mask(weight.shape, density, groups if fit else None, generator, device)
         if min_inputs and not fit:
-            _connect_(mask, layer.module, min_inputs, generator)
+            _connect_(mask, layer, min_inputs, generator)
         elif min_inputs and groups == "kernels":
             kernels = mask.flatten(2).any(2)
-            _connect_(kernels, layer.module, math.ceil(min_inputs / math.prod(weight.shape[2:])), generator)
+            _connect_(kernels, layer, math.ceil(min_inputs / math.prod(weight.shape[2:])), generator)
             mask = kernels.view(*kernels.shape, *[1] * (weight.dim() - 2)).expand(weight.shape)
-        std = gain / math.sqrt(fan_in(layer.module, weight) * float(mask.float().mean()))
+        std = gain / math.sqrt(layer.fan_in * float(mask.float().mean()))
         values = torch.empty(weight.shape, device=device).normal_(0, std, generator=generator)
         # `where`, not a product: −x·0 is a negative zero.
         assign(weight, torch.where(mask, values, 0.0))
-        draw_bias(layer.module)
+        draw_bias(layer)
     drawn = {id(layer.module) for layer in layers}
-    for module in model.modules():  # of the other layers that share a weight
-        if isinstance(module, LAYERS) and id(module) not in drawn:
-            draw_bias(module)
+    for layer in weight_layers(model, tied=True):  # of the other layers that share a weight
+        if id(layer.module) not in drawn:
+            draw_bias(layer)
     return model
 
 
@@ -130,10 +130,10 @@ def _draw_mask(
     return mask.view(shape)
 
 
-def _connect_(mask: Tensor, module: nn.Module, count: int, generator: Generator | None) -> None:
+def _connect_(mask: Tensor, layer: LayerWeight, count: int, generator: Generator | None) -> None:
     """Turn on entries, drawn at random, until every unit has `count` or all it can have."""
     places = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
-    places = by_outputs(module, places).flatten(2).flatten(0, 1)  # [units, inputs of each]
+    places = layer.grouped(places).flatten(2).flatten(0, 1)  # [units, inputs of each]
     flat = mask.view(-1)
     missing = count - flat[places].sum(1, keepdim=True)
     scores = torch.rand(places.shape, generator=generator, device=mask.device) - flat[places].float()  # live: below 0

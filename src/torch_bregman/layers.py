@@ -3,57 +3,88 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from .network import kinds
 from .regularizers import L1, Regularizer
 
-LAYERS = (nn.Linear, _ConvNd)
 
-
-class Layer(NamedTuple):
-    """A Linear or Conv layer with its weight under its full parameter name; a tied weight appears once."""
+class LayerWeight(NamedTuple):
+    """A weight under its full parameter name, and the layer that it belongs to."""
 
     name: str
     module: nn.Module
     weight: Tensor
 
+    def grouped(self, tensor: Tensor) -> Tensor:
+        """A tensor that lies like the weight as [groups, outputs / groups, inputs / groups, kernel size].
 
-def weight_layers(model: nn.Module) -> Iterator[Layer]:
-    """The Linear and Conv layers of `model`, in the order of its modules."""
+        A view where possible. `tensor` may lack the dimensions of the kernel.
+        """
+        return kinds.of(self.module).grouped(self.module, self.name.rpartition(".")[2], tensor)
+
+    @property
+    def fan_in(self) -> float:
+        """How many inputs an output of the layer sums over."""
+        return kinds.of(self.module).fan_in(self.module, self.name.rpartition(".")[2])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What the layer adds to its outputs."""
+        return kinds.of(self.module).bias(self.module, self.name.rpartition(".")[2])
+
+
+def weight_layers(model: nn.Module, *, tied: bool = False) -> Iterator[LayerWeight]:
+    """The weights of `model`, of Linear, Conv and all kinds that have some, in the order of its modules.
+
+    A tied weight appears once, for the first of its layers; with `tied` for each of them.
+    """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
-        if weight is not None and id(weight) not in seen:
-            seen.add(id(weight))
-            yield Layer(f"{prefix}.weight" if prefix else "weight", module, weight)
+        for name in kinds.of(module).weights(module):
+            weight = module._parameters[name]
+            if weight is not None and (tied or id(weight) not in seen):
+                seen.add(id(weight))
+                yield LayerWeight(f"{prefix}.{name}" if prefix else name, module, weight)
 
 
-def by_outputs(module: nn.Module, weight: Tensor) -> Tensor:
-    """A Linear or Conv weight as [groups, outputs / groups, inputs / groups, kernel size], a view where possible."""
-    groups = getattr(module, "groups", 1)
-    grouped = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
-    if getattr(module, "transposed", False):
-        grouped = grouped.transpose(1, 2)
-    return grouped.reshape(*grouped.shape[:3], math.prod(grouped.shape[3:]))
+@torch.no_grad()
+def forward_flops(model: nn.Module, inputs: tuple[Tensor, ...], *, zeros: bool = True) -> dict[str, int]:
+    """Floating-point operations of every layer in a call of `model` on `inputs`: 2 · weights · positions, by name.
+
+    The model is called as it is. Without `zeros` only live weights are counted.
+    """
+    counts: dict[str, int] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        kind = kinds.of(module)
+        if kind is kinds.UNKNOWN:
+            continue
+
+        def add(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any, name: str = name,
+            kind: kinds.Kind = kind,
+        ) -> None:  # fmt: skip
+            x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            flops = 0 if x is None else kind.flops(module, x.shape, zeros=zeros)
+            if flops:
+                counts[name] = counts.get(name, 0) + flops
+
+        hooks.append(module.register_forward_hook(add, with_kwargs=True))
+    try:
+        model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts
 
 
-def fan_in(module: nn.Module, weight: Tensor) -> float:
-    """How many inputs an output of the layer sums over."""
-    shaped = torch.empty(weight.shape, device="meta")  # a DTensor would be gathered
-    _, _, inputs, kernel = by_outputs(module, shaped).shape
-    # A transposed convolution with a stride spreads its kernel over several outputs.
-    spread = math.prod(getattr(module, "stride", ())) if getattr(module, "transposed", False) else 1
-    return inputs * kernel / spread
-
-
-def lookup(choices: Mapping[Any, Any], names: list[str], layer: Layer | None, *, anything: bool = False) -> Any:
+def lookup(choices: Mapping[Any, Any], names: list[str], layer: LayerWeight | None, *, anything: bool = False) -> Any:
     """The value of the first key that matches one of the `names` of a parameter, or None.
 
     For a layer's weight a key is a module type or a pattern of its parameter or module name. Any other parameter is

@@ -28,13 +28,12 @@ import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..density import density
 from ..files import write_atomically
-from ..layers import fan_in, weight_layers
+from ..layers import forward_flops, weight_layers
 from .formats import as_inputs, difference, names_of, reason, rows_of, save_onnx, silence
 
 if TYPE_CHECKING:
@@ -381,9 +380,9 @@ def _checked(rounds: int, batches: Sequence[int]) -> tuple[int, ...]:
 def _random_weights(sparse: nn.Module) -> nn.Module:
     """The same network with random Linear and Conv weights, none of them zero."""
     dense, generator = copy.deepcopy(sparse), torch.Generator().manual_seed(0)
-    for _, module, weight in weight_layers(dense):
+    for layer in weight_layers(dense):
         with torch.no_grad():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * fan_in(module, weight) ** -0.5)
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * layer.fan_in**-0.5)
     return dense
 
 
@@ -394,31 +393,8 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """2 · non-zero weights · positions of the Linear and Conv layers, per sample: positions as a forward pass has them.
-
-    A weight of a convolution is used once per position of the output, of a transposed one once per position of the
-    input.
-    """
-    total = 0
-
-    def add(module: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        seen = given[0] if getattr(module, "transposed", False) else output
-        if isinstance(module, _ConvNd):
-            positions = math.prod(seen.shape[-len(module.kernel_size) :])
-        else:
-            positions = math.prod(seen.shape[1:-1])
-        total += 2 * int(module.weight.count_nonzero()) * positions
-
-    # A weight that two layers share is used by both.
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | _ConvNd)]
-    hooks = [module.register_forward_hook(add) for module in layers]
-    try:
-        model(*rows_of(inputs, 1))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return float(total)
+    """2 · non-zero weights · positions, per sample: positions as a forward pass has them."""
+    return float(sum(forward_flops(model, rows_of(inputs, 1), zeros=False).values()))
 
 
 def _dense_bytes(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import whole
-from ..layers import LAYERS
+from ..network import kinds
 from ..regularizers import L1, Regularizer
 from .shapes import Shape, image_shape
 
@@ -93,5 +93,5 @@ def skips(model: nn.Module) -> list[dict[str, Any]]:
     for module in model.modules():
         if isinstance(module, SkipChain):
             found.append({"before": before, "skips": whole(module.skips.detach(), lambda t: t).tolist()})
-        before += isinstance(module, LAYERS)
+        before += bool(kinds.of(module).weights(module))
     return found

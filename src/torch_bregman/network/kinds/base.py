@@ -115,8 +115,8 @@ class Kind:
         _, _, inputs, kernel = self.grouped(module, name, shaped).shape
         return inputs * kernel
 
-    def bias(self, module: Any) -> Tensor | None:
-        """What it adds to its outputs."""
+    def bias(self, module: Any, name: str) -> Tensor | None:
+        """What it adds to the outputs of the weight `name`."""
         return module._parameters.get("bias")
 
     def sizes(self, module: Any) -> tuple[int, int]:

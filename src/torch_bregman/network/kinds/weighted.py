@@ -82,7 +82,7 @@ class WeightedSum(Kind):
         wire = walk.at(source, dim)
         n = len(self.matrix(module))
         alive = walk.alive[name].cpu() if name in walk.alive else torch.ones(n, dtype=torch.bool)
-        given = self.bias(module)
+        given = self.bias(module, "weight")
         value = torch.zeros(n).double() if given is None else numbers(given)
         constant = ~alive
         if not walk.trained or groups > 1:
