@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 import torch_bregman as tb
-from torch_bregman.export.file import load_sparse, save_sparse
+from torch_bregman.export.load import load_sparse
+from torch_bregman.export.save import save_sparse
 
 MLPS = {"784-200-80-10": (784, 200, 80, 10), "784-1200-900-10": (784, 1200, 900, 10)}
 

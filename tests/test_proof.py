@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import torch_bregman as tb
 from torch_bregman.export import proof as sheet
-from torch_bregman.export.file import load_sparse
+from torch_bregman.export.load import load_sparse
 from torch_bregman.export.proof import Fact, Latency, Proof, Units, prove
 from torch_bregman.models import build
 

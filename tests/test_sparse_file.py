@@ -27,9 +27,14 @@ from torch import Tensor, nn
 
 import torch_bregman as tb
 from torch_bregman.export import patterns
-from torch_bregman.export.file import METADATA, Saved, load_sparse, read_sparse, save_sparse
-from torch_bregman.export.kinds import KINDS, Kind, describe
+from torch_bregman.export.descriptions import describe
+from torch_bregman.export.file import METADATA
+from torch_bregman.export.load import load_sparse
+from torch_bregman.export.read import read_sparse
+from torch_bregman.export.save import Saved, save_sparse
+from torch_bregman.network import Kind
 from torch_bregman.network.attention import Attention
+from torch_bregman.network.kinds import REGISTRY
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -527,6 +532,9 @@ EVERY_KIND = [
 ]  # fmt: skip
 
 
+BUILT = {cls.__name__ for cls, kind in REGISTRY.items() if kind.arguments is not None}
+
+
 @pytest.mark.parametrize("module", EVERY_KIND, ids=str)
 def test_every_kind_is_described_and_built(module: nn.Module, path: Path) -> None:
     save_sparse(nn.ModuleDict({"a": module}), path)
@@ -535,7 +543,7 @@ def test_every_kind_is_described_and_built(module: nn.Module, path: Path) -> Non
     assert repr(fresh) == repr(module)
     assert bits(fresh) == bits(module)
     assert describe(fresh) == describe(module)
-    assert {type(m).__name__ for m in EVERY_KIND} == {*KINDS, "Sequential"}
+    assert {type(m).__name__ for m in EVERY_KIND} == {*BUILT, "Sequential"}
 
 
 def test_modules_of_unknown_types_are_known_by_their_tensors_alone(path: Path) -> None:
@@ -560,15 +568,20 @@ class Mixer(nn.Module):
         self.o = nn.Linear(inner, width, bias=bias)
 
 
+class MixerKind(Kind):
+    arguments = ("width", "inner")
+    options = {"bias": True}  # noqa: RUF012
+
+
 def test_kinds_can_be_added(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KINDS, "Mixer", Kind(Mixer, ("width", "inner"), {"bias": True}))
+    monkeypatch.setitem(REGISTRY, Mixer, MixerKind(Mixer))
     small = nn.ModuleDict({"a": Mixer(8, 4)})
     save_sparse(small, path)
     assert read_sparse(path)[1]["modules"] == {"a": ["Mixer", 8, 4]}
     fresh = load_sparse(nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), path)
     assert type(fresh["a"]) is Mixer
     assert bits(fresh) == bits(small)
-    monkeypatch.delitem(KINDS, "Mixer")
+    monkeypatch.delitem(REGISTRY, Mixer)
     check_refused(nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), path, "'a' is of the unknown kind 'Mixer'")
 
 

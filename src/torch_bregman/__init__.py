@@ -2,10 +2,12 @@
 
 from .control import TargetDensity
 from .density import density, sparsity_report
-from .export.file import load_sparse, read_sparse, save_sparse
 from .export.formats import save_onnx, save_program
 from .export.inference import optimize_for_inference
+from .export.load import load_sparse
 from .export.proof import prove
+from .export.read import read_sparse
+from .export.save import save_sparse
 from .export.shrink import shrink
 from .init import sparse_init_
 from .layers import param_groups

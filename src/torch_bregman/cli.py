@@ -167,7 +167,7 @@ def shrink(run: Path, /, *, out: Annotated[Path | None, Parameter(alias="-o")] =
     out
         The file to write. [RUN/shrunk.safetensors]
     """
-    from .export.file import save_sparse
+    from .export.save import save_sparse
     from .export.shrink import shrink as shrunk
 
     done = trained(run)
@@ -211,8 +211,8 @@ def export(
     dtype
         What the values of a sparse file are rounded to. [as trained]
     """
-    from .export.file import save_sparse
     from .export.formats import save_onnx, save_program
+    from .export.save import save_sparse
     from .export.shrink import shrink as shrunk
 
     if dtype is not None and format != "sparse":

@@ -290,8 +290,8 @@ def prove(
         ValueError: an argument of the wrong kind, or `sparse` cannot be called on the inputs.
     """
     # Here and not above, as the report reads sheets and has no need of kernels.
-    from .file import save_sparse
     from .inference import optimize_for_inference
+    from .save import save_sparse
     from .shrink import shrink
 
     inputs, batches = as_inputs(example_inputs), _checked(rounds, batches)

@@ -10,55 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..network.attention import Attention
+from ..network import kinds
 
 LARGEST = 1 << 31  # of an argument of a module
 DEPTH = 64  # of a module in the network
 NESTING = 4  # how deep Sequentials stand in each other
 
-Options = Mapping[str, bool | int | str | None]
 Description = list[Any]
-
-
-class Kind(NamedTuple):
-    """A module that is built as `cls(*arguments, **options)`, each read from the attribute of the same name.
-
-    Values are integers, tuples of integers, strings or booleans (`bias`: whether there is one). Everything that the
-    module computes with must follow from them and from its tensors; floating point arguments (`eps`) are those of the
-    model that is loaded into.
-
-    `options`: with their defaults. `dims`: how many entries a tuple has, where (3, 3) and 3 mean the same.
-    """
-
-    cls: type[nn.Module]
-    arguments: tuple[str, ...] = ()
-    options: Options = {}  # noqa: RUF012 - never written
-    dims: int = 0
-
-
-_KERNEL = ("in_channels", "out_channels", "kernel_size")
-_CONV: Options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "bias": True, "padding_mode": "zeros"}
-_BATCH: Options = {"affine": True, "track_running_stats": True, "bias": True}
-_EMBEDDING: Options = {"padding_idx": None, "scale_grad_by_freq": False, "sparse": False}
-_ATTENTION: Options = {"key_width": None, "value_width": None, "bias": True, "batch_first": False}
-
-#: What a file may put in the place of a module, by name; add to it and files can hold more. Nothing else is ever built.
-KINDS: dict[str, Kind] = {
-    "Linear": Kind(nn.Linear, ("in_features", "out_features"), {"bias": True}),
-    "GroupNorm": Kind(nn.GroupNorm, ("num_groups", "num_channels"), {"affine": True, "bias": True}),
-    "LayerNorm": Kind(nn.LayerNorm, ("normalized_shape",), {"elementwise_affine": True, "bias": True}),
-    "Embedding": Kind(nn.Embedding, ("num_embeddings", "embedding_dim"), _EMBEDDING),
-    "Identity": Kind(nn.Identity),
-    "Attention": Kind(Attention, ("width", "heads", "head_width"), _ATTENTION),
-}
-for _d in (1, 2, 3):
-    for _name, _arguments, _options, _dims in (
-        ("Conv", _KERNEL, _CONV, _d),
-        ("ConvTranspose", _KERNEL, {**_CONV, "output_padding": 0}, _d),
-        ("BatchNorm", ("num_features",), _BATCH, 0),
-        ("InstanceNorm", ("num_features",), {**_BATCH, "affine": False, "track_running_stats": False}, 0),
-    ):
-        KINDS[f"{_name}{_d}d"] = Kind(getattr(nn, f"{_name}{_d}d"), _arguments, _options, _dims)
 
 
 class Place(NamedTuple):
@@ -86,7 +44,7 @@ def places(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Place]]:
 
 
 def describe(module: nn.Module) -> Description | None:
-    """[kind, arguments …, {options that are not the default}], or None where `KINDS` does not have its exact type.
+    """[kind, arguments …, {options that are not the default}], or None where files do not know its exact type.
 
     A Sequential of such modules is ["Sequential", their number].
     """
@@ -94,13 +52,14 @@ def describe(module: nn.Module) -> Description | None:
         children = list(module._modules.items())
         known = all(n == str(i) and c is not None and describe(unwrapped(c)) for i, (n, c) in enumerate(children))
         return ["Sequential", len(children)] if known else None
-    for name, kind in KINDS.items():
-        if type(module) is kind.cls:
-            values = {option: _attribute(module, option, kind.dims) for option in kind.options}
-            changed = {option: value for option, value in values.items() if value != kind.options[option]}
-            found = [name, *(_attribute(module, argument, kind.dims) for argument in kind.arguments)]
-            return [*found, changed] if changed else found
-    return None
+    kind = kinds.of(module)
+    if kind.arguments is None:
+        return None
+    values = {option: _attribute(module, option, kind.dims) for option in kind.options}
+    changed = {option: value for option, value in values.items() if value != kind.options[option]}
+    name = kind.module_class.__name__
+    found = [name, *(_attribute(module, argument, kind.dims) for argument in kind.arguments)]
+    return [*found, changed] if changed else found
 
 
 def _attribute(module: nn.Module, name: str, dims: int) -> Any:
@@ -138,14 +97,14 @@ def build(path: str, descriptions: Mapping[str, Description], depth: int = 0) ->
         if len(arguments) != 1 or not is_count(arguments[0], len(descriptions)):
             raise ValueError(f"{short(path)} is a Sequential of {short(arguments)}")
         return nn.Sequential(*(build(f"{path}.{i}", descriptions, depth + 1) for i in range(arguments[0])))
-    kind = KINDS.get(name)
+    kind = kinds.named(name)
     if kind is None:
         raise ValueError(f"{short(path)} is of the unknown kind {short(name)}")
     options = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
     lists = [value for value in [*arguments, *options.values()] if isinstance(value, list)]
     module = None
     if (
-        len(arguments) == len(kind.arguments)
+        len(arguments) == len(kind.arguments or ())
         and options.keys() <= kind.options.keys()
         and not any(isinstance(value, str | bool) for value in arguments)
         and all(isinstance(value, bool) == isinstance(kind.options[o], bool) for o, value in options.items())
@@ -154,7 +113,9 @@ def build(path: str, descriptions: Mapping[str, Description], depth: int = 0) ->
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of layers without inputs
-                module = kind.cls(*map(_tuple, arguments), **{o: _tuple(value) for o, value in options.items()})
+                module = kind.module_class(
+                    *map(_tuple, arguments), **{o: _tuple(value) for o, value in options.items()}
+                )
         except Exception:  # whatever a constructor raises for arguments that it does not like
             module = None
     # As JSON, where 1 is not True.

@@ -1,0 +1,196 @@
+"""`save_sparse`: a network without its zeros, in one file; see file.py for what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..distributed import require_whole
+from ..files import write_atomically
+from ..layers import weight_layers
+from . import descriptions
+from .descriptions import unwrapped
+from .file import (
+    ENTRY,
+    HEADER_LIMIT,
+    METADATA,
+    NO_DIGEST,
+    PATTERNS,
+    VERSION,
+    Pathlike,
+    identity,
+    integers,
+    is_graph,
+    tensors_of,
+    too_large,
+    where_kept,
+    wide,
+)
+from .patterns import MASK, Array, encode
+
+
+class SavedTensor(NamedTuple):
+    """How one tensor was stored: `kept` of its entries are not zero, `bytes` instead of `dense_bytes`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    encoding: str  # "dense", "bitmask" or "gaps"
+    kept: int
+    bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True, repr=False)
+class Saved:
+    """What `save_sparse` wrote; prints as a sentence with the bytes before and after.
+
+    `dense_bytes`: what safetensors takes for the same tensors in their own dtypes, a tied one once. `kept` of `size`:
+    non-zero entries of the Linear and Conv weights. `tensors`: one row per stored tensor, `table()` prints them.
+    """
+
+    path: Path
+    bytes: int
+    dense_bytes: int
+    kept: int
+    size: int
+    tensors: tuple[SavedTensor, ...] = ()
+
+    @property
+    def density(self) -> float:
+        """kept / size, as `tb.density` of the stored network; NaN without Linear and Conv weights."""
+        return self.kept / self.size if self.size else math.nan
+
+    @property
+    def share(self) -> float:
+        """bytes / dense_bytes."""
+        return self.bytes / self.dense_bytes
+
+    def __str__(self) -> str:
+        weights = f"; {self.kept:,} of {self.size:,} weights kept ({self.density:.3%})" if self.size else ""
+        return f"{self.path}: {self.bytes:,} bytes, {self.share:.2%} of the {self.dense_bytes:,} stored dense{weights}"
+
+    __repr__ = __str__
+
+    def table(self) -> str:
+        """One row per stored tensor."""
+        rows = [["tensor", "shape", "dtype", "stored as", "kept", "bytes", "dense"]]
+        for row in self.tensors:
+            shape, dtype = "×".join(map(str, row.shape)), str(row.dtype).removeprefix("torch.")
+            rows.append([row.name, shape, dtype, row.encoding, *(f"{number:,}" for number in row[4:])])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        pad = [str.ljust] * 4 + [str.rjust] * 3
+        return "\n".join("  ".join(p(c, w) for p, c, w in zip(pad, row, widths, strict=True)).rstrip() for row in rows)
+
+
+@torch.no_grad()
+def save_sparse(model: nn.Module, path: Pathlike, *, dtype: torch.dtype | None = None) -> Saved:
+    """Write the parameters and persistent buffers of `model` to one safetensors file without their zeros.
+
+    Each tensor takes the smallest of: dense, bitmask and values, gaps and values. A tied tensor is stored once. What
+    was at `path` stays until the new file is whole.
+
+    Args:
+        model: on any device; `torch.compile` around it or its parts does not show in the file.
+        path: where to; by convention *.safetensors.
+        dtype: round the floating point parameters that have more bits to `torch.bfloat16` or `torch.float16`; buffers
+            stay as they are. None: nothing is rounded, and `load_sparse` gives back every bit.
+
+    Returns:
+        `Saved`: bytes before and after, density; print it.
+
+    Raises:
+        ValueError: a `dtype` that is none of these, a finite value that would become infinite in it, a tensor without
+            values (lazy, meta) or with those of one rank (DTensor), a module with an extra state.
+        OSError: the file could not be written.
+    """
+    require_whole(model, "tb.save_sparse")
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"Invalid `dtype`: {dtype!r}; expected torch.bfloat16, torch.float16 or None.")
+    path, model = Path(path), unwrapped(model)
+    tensors = tensors_of(model)
+    parameters = {identity(tensor) for tensor in tensors.values() if isinstance(tensor, nn.Parameter)}
+    counted = {identity(layer.weight) for layer in weight_layers(model)}
+
+    payload: dict[str, Tensor] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    patterns: list[Array] = []
+    rows: list[SavedTensor] = []
+    modules, graph = descriptions.describe_parts(model), is_graph(model)
+    header: dict[str, Any] = {"version": VERSION, "sha256": NO_DIGEST, "kept": 0, "size": 0, "sparse": {}, "same": {},
+                              "complex": [], "modules": modules, "graph": graph}  # fmt: skip
+    for name, original in tensors.items():
+        key = identity(original)
+        if first.setdefault(key, name) != name:
+            header["same"][name] = first[key]
+            continue
+        tensor = original.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        if dtype is not None and key in parameters and tensor.is_floating_point() and tensor.element_size() > 2:
+            if fault := too_large(tensor, dtype):
+                raise ValueError(f"Invalid `dtype`: {name} {fault}.")
+            tensor = tensor.to(dtype)
+        if key in counted:
+            header["kept"] += int(torch.count_nonzero(wide(tensor)))
+            header["size"] += tensor.numel()
+        if tensor.is_complex():
+            header["complex"].append(name)
+            tensor = torch.view_as_real(tensor)
+        bits = integers(tensor)
+        nonzero, negative = where_kept(bits, tensor.is_floating_point())
+        kept, each = int(np.count_nonzero(nonzero)), bits.itemsize
+        (code, pattern), (code2, second) = encode(nonzero), encode(negative)
+        encoding, size = "dense", len(bits) * each
+        less = kept * each + len(pattern) + len(second)
+        if less + ENTRY < size:
+            encoding, size = "bitmask" if code == MASK else "gaps", less
+            entry = [list(tensor.shape), code, len(pattern)]
+            header["sparse"][name] = [*entry, code2, len(second), int(negative.sum())] if len(second) else entry
+            patterns += [pattern, second]
+            payload[name] = torch.from_numpy(bits[nonzero]).view(tensor.dtype)
+        else:
+            payload[name] = tensor.clone()  # safetensors refuses tensors that share memory
+        before = original.numel() * original.element_size()
+        rows.append(SavedTensor(name, tuple(original.shape), tensor.dtype, encoding, kept, size, before))
+    if any(map(len, patterns)):
+        payload[PATTERNS] = torch.from_numpy(np.concatenate(patterns))
+    text = json.dumps({key: value for key, value in header.items() if value}, separators=(",", ":"))
+    try:
+        content = bytearray(safetensors.torch.save(payload, {METADATA: text}))
+    except KeyError as error:
+        raise ValueError(f"Invalid `model`: safetensors {safetensors.__version__} has no dtype {error}.") from None
+    length = int.from_bytes(content[:8], "little")
+    if length > HEADER_LIMIT:
+        raise ValueError(f"Invalid `model`: its tensors need a header of {length:,} bytes; at most {HEADER_LIMIT:,}.")
+    at = content.index(NO_DIGEST.encode(), content.index(b'sha256\\":\\"'))
+    content[at : at + 64] = hashlib.sha256(content).hexdigest().encode()
+    write_atomically(path, content)
+    dense = _dense_bytes({row.name: tensors[row.name] for row in rows})
+    return Saved(path, len(content), dense, header["kept"], header["size"], tuple(rows))
+
+
+def _dense_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """The size of the file that safetensors writes for these tensors, without writing it."""
+    codes = {torch.bool: "BOOL", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+             torch.uint8: "U8", torch.int8: "I8", torch.complex128: "C128"}  # fmt: skip
+
+    def place(item: tuple[str, Tensor]) -> tuple[int, bool, str]:
+        each = item[1].element_size()
+        return -each, item[1].is_floating_point() == (each == 8), item[0]  # int64, float64, float32, int32, …
+
+    header, end = {}, 0
+    for name, tensor in sorted(tensors.items(), key=place):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        code = codes.get(tensor.dtype, "F32")  # the others have three letters too
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + (len(text) + 7) // 8 * 8 + end
