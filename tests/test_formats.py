@@ -72,7 +72,7 @@ def test_onnx_computes_the_same_at_any_batch_size(name, tmp_path):
 
 def test_programs_run_without_the_project(tmp_path):
     """Also shrunk ones, whose modules may be the project's own."""
-    from torch_bregman.export.shrink import shrink
+    from torch_bregman.shrink import shrink
 
     models, x = {}, {}
     for name, shape in SHAPES.items():

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_bregman as tb
-from torch_bregman.export.shrink import compact
 from torch_bregman.models import convnet
 from torch_bregman.models.resnet import ResNet
 from torch_bregman.network.attention import Attention
+from torch_bregman.shrink import compact
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)

@@ -8,12 +8,12 @@ from .export.load import load_sparse
 from .export.proof import prove
 from .export.read import read_sparse
 from .export.save import save_sparse
-from .export.shrink import shrink
 from .init import sparse_init_
 from .layers import param_groups
 from .multilevel import Multilevel
 from .optim import AdaBreg, LinBreg, ProxSGD
 from .regularizers import L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
+from .shrink import shrink
 from .theory import bregman_distance, step_size_bound, symmetric_bregman_distance
 
 __version__ = "0.1.0"

@@ -168,7 +168,7 @@ def shrink(run: Path, /, *, out: Annotated[Path | None, Parameter(alias="-o")] =
         The file to write. [RUN/shrunk.safetensors]
     """
     from .export.save import save_sparse
-    from .export.shrink import shrink as shrunk
+    from .shrink import shrink as shrunk
 
     done = trained(run)
     path = writable(out or run / "shrunk.safetensors")
@@ -213,7 +213,7 @@ def export(
     """
     from .export.formats import save_onnx, save_program
     from .export.save import save_sparse
-    from .export.shrink import shrink as shrunk
+    from .shrink import shrink as shrunk
 
     if dtype is not None and format != "sparse":
         raise RunError(f"--dtype rounds the values of --format sparse; --format {format} keeps them as trained.")

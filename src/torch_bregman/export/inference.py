@@ -23,8 +23,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._pytree import tree_leaves
 
 from .. import kernels
+from ..shrink import compact
 from .chain import WAYS, Chain, Layer, Unfit, follow, hooked, layers_of
-from .shrink import compact
 
 TOLERANCE = 1e-5  # of the largest output
 MARGIN = 0.97  # a way is taken if it needs less than this share of the other's time: nearer is noise

@@ -290,9 +290,9 @@ def prove(
         ValueError: an argument of the wrong kind, or `sparse` cannot be called on the inputs.
     """
     # Here and not above, as the report reads sheets and has no need of kernels.
+    from ..shrink import shrink
     from .inference import optimize_for_inference
     from .save import save_sparse
-    from .shrink import shrink
 
     inputs, batches = as_inputs(example_inputs), _checked(rounds, batches)
     say = progress or (lambda _: None)

@@ -159,8 +159,8 @@ class RemovableChannels(HeadsWalk):
         return call.output.constant | silent | unread[call.output.ids]
 
     @torch.no_grad()
-    def fold(self, call: Call) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Of a layer that mixes: outputs and inputs that stay, its weight there, and what is added to the bias.
+    def fold(self, call: Call) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Of a layer that mixes: the inputs that stay, its weight on all that stays, and what is added to the bias.
 
         That is [outputs], or [outputs, *positions] where it depends on the position.
         """
@@ -182,7 +182,7 @@ class RemovableChannels(HeadsWalk):
             elif part.any():
                 shift = part[..., None].flatten(2).sum(2) @ value
         inputs = (~lost).nonzero().view(-1) if lost.any() else None
-        return outputs, inputs, weight if inputs is None else weight[:, inputs], shift
+        return inputs, weight if inputs is None else weight[:, inputs], shift
 
 
 def _reads(module: Any) -> Tensor:

@@ -1,0 +1,52 @@
+"""Whether the smaller network computes the same."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+TRIALS = 2  # random inputs beside the example
+
+
+def difference(model: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    """The largest difference of the outputs in eval, relative to the largest output, on the example and random inputs.
+
+    In float64 where the networks can compute in it.
+    """
+    worst = 0.0
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        pair = [copy.deepcopy(m).eval() for m in (model, small)]
+        trials = [inputs, *([_random(x, generator) for x in inputs] for _ in range(TRIALS))]
+        for trial in trials:
+            try:
+                outputs = [tree_leaves(m.double()(*[_double(x) for x in trial])) for m in pair]
+            except (RuntimeError, TypeError):  # a dtype that is written in the code
+                pair = [copy.deepcopy(m).eval() for m in (model, small)]
+                outputs = [tree_leaves(m(*[x.clone() for x in trial])) for m in pair]
+            for a, b in zip(*outputs, strict=True):
+                if isinstance(a, Tensor) and a.numel() and a.is_floating_point():
+                    scale = float(a.nan_to_num(0, 0, 0).abs().max()) or 1.0
+                    same = (a == b) | (a.isnan() & b.isnan())
+                    worst = max(worst, float(torch.where(same, 0.0, (a - b).abs()).max()) / scale)
+                elif isinstance(a, Tensor) and not torch.equal(a, b):
+                    worst = float("inf")
+    return worst if worst == worst else float("inf")
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x.clone()
+
+
+def _random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Something of the same shape, dtype and range."""
+    if x.is_floating_point():
+        scale = float(x.double().square().mean().sqrt()) if x.numel() else 1.0
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).mul_(scale or 1.0).to(x)
+    if x.dtype == torch.bool or x.is_complex() or not x.numel():
+        return x.clone()
+    low, high = int(x.min()), int(x.max())
+    return torch.randint(low, high + 1, x.shape, generator=generator).to(x)

@@ -1,0 +1,117 @@
+"""Everything without the units that do not count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..network import kinds
+from ..network.graph import Graph
+from ..network.heads import Edit
+from ..network.kinds import Kept
+from ..network.removable import RemovableChannels
+from ..network.trace import Untraceable, without_noise
+from ..network.walk import Call
+from .copy import ShrinkingCopy
+from .image import AddImage
+
+
+@torch.no_grad()
+def remove_units(
+    smaller: ShrinkingCopy, inputs: tuple[Tensor, ...], *, training: bool = False, carry: bool = True
+) -> None:
+    """Cut all layers to the channels that are needed.
+
+    `training`: the copy is trained on, so constants must be those of training as well. `carry`: a channel carries the
+    constants that a zero padding makes depend on the position; else they are added as an image.
+    """
+    try:
+        graph = Graph(smaller.model, inputs)
+        nodes = graph.traced().nodes
+        plain = sum(node.op == "placeholder" for node in nodes) == len(inputs)
+        walk = RemovableChannels(smaller.model, graph.traced(), rewrite=plain and not training, carry=carry)
+        moving = _moving(smaller.model, graph, walk) if training else None
+        if moving is not None and len(moving):
+            walk = RemovableChannels(smaller.model, graph.traced(), moving)
+    except Untraceable as error:
+        smaller.notes.append(f"No units were removed: {error}")
+        for outcome in smaller.outcomes.values():
+            outcome.reason = outcome.reason or "torch.fx cannot follow the network"
+        return
+    for call in walk.calls:
+        _explain(smaller, walk, call)
+    called = {call.name for call in walk.calls}
+    for name, outcome in smaller.outcomes.items():
+        if name not in called and not kinds.of(smaller.twins[name][0]).has_heads and not outcome.reason:
+            outcome.reason = "is called in another way than once with one tensor"
+    for call in walk.calls:
+        _cut(smaller, walk, call)
+    edits = [edit for edit in walk.edits if walk.gone[edit.ids].any()]
+    if edits:
+        smaller.code = _rewritten(nodes[0].graph, edits, walk.gone)
+        smaller.notes.append(
+            f"Sizes that change (heads, or a view) stand in the code of {type(smaller.original).__name__}: what comes "
+            "out is a torch.fx.GraphModule of it as it computes in eval."
+        )
+
+
+def _moving(model: nn.Module, graph: Graph, walk: RemovableChannels) -> Tensor | None:
+    """Ids whose constants are others in training, where norms take the statistics of the batch."""
+    model.train()
+    without_noise(model, norms=False)
+    training = RemovableChannels(model, graph.traced())
+    model.eval()
+    if training.count != walk.count or len(training.calls) != len(walk.calls):
+        return torch.arange(walk.count)
+    moving = [torch.empty(0, dtype=torch.int64)]
+    for a, b in zip(walk.calls, training.calls, strict=True):
+        size = a.source.value.abs().max() if len(a.source.ids) else torch.tensor(0.0)
+        same = b.source.constant & ((a.source.value - b.source.value).abs() <= 1e-6 * size)
+        moving.append(a.source.ids[a.source.constant & ~same])
+    return torch.cat(moving)
+
+
+def _explain(smaller: ShrinkingCopy, walk: RemovableChannels, call: Call) -> None:
+    """Note how many dead units stay, and why."""
+    outcome = smaller.outcomes.get(call.name)
+    if outcome is not None:
+        kept = call.output.ids[walk.dead(call) & ~walk.gone[call.output.ids]]
+        outcome.kept, outcome.reason = len(kept), "; ".join(dict.fromkeys(walk.reason(kept)))
+
+
+def _cut(smaller: ShrinkingCopy, walk: RemovableChannels, call: Call) -> None:
+    """Cut the module of a call to the channels that stay."""
+    module: Any = smaller.twins[call.name][1]
+    kind = kinds.of(module)
+    gone = walk.gone[call.output.ids]
+    kept, image = Kept((~gone).nonzero().view(-1) if gone.any() else None), None
+    if kind.mixes(module):
+        inputs, weight, shift = walk.fold(call)
+        if shift is not None and shift.dim() > 1:
+            image, shift = shift.to(module.weight), None
+        kept = Kept(kept.outputs, inputs, weight, shift)
+    if kept.outputs is None and kept.inputs is None:
+        return
+    kind.cut(module, kept, smaller.exchange(call.name))
+    if image is not None:
+        smaller.replace(call.name, nn.Sequential(module, AddImage(image[None])))
+
+
+def _rewritten(code: fx.Graph, edits: list[Edit], gone: Tensor) -> fx.Graph:
+    """The same operations with other numbers of heads."""
+    twins: dict[fx.Node, fx.Node] = {}
+    new = fx.Graph()
+    new.output(new.graph_copy(code, twins))
+    for edit in edits:
+        node, left = twins[edit.node], int((~gone[edit.ids]).sum()) * edit.each
+        args: list[Any] = list(node.args)
+        if edit.inner is None:
+            args[edit.at] = left
+        else:
+            inner = list(args[edit.at])
+            inner[edit.inner] = left
+            args[edit.at] = tuple(inner)
+        node.args = tuple(args)
+    return new
