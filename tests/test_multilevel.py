@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import torch_bregman as tb
 from torch_bregman import kernels, multilevel
-from torch_bregman.restriction import Support, choice, missed
+from torch_bregman.part import Part
+from torch_bregman.restriction import choice, missed
 from torch_bregman.restriction.missed import make_up
 
 FORMS = ["masked", "sparse"]
@@ -368,7 +369,7 @@ def test_what_a_fine_step_makes_up_for(
         spans, index = (2, 3), torch.tensor([3, 7])
     else:
         spans, index = (), torch.tensor([0, 50, 51])
-    seen = Support(p, spans, index)
+    seen = Part(p, spans, index)
     state["lam"] = 0.35
     with torch.no_grad():
         for t in (p.data, *(state[name] for name in ("dual", "exp_avg", "exp_avg_sq"))):
@@ -395,7 +396,7 @@ def test_what_a_fine_step_makes_up_for(
 def test_gradients_that_agree_are_made_up_for_and_noise_is_not() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(4000, generator=generator) for _ in range(1000)]
-    seen = Support(torch.zeros(4000), (), torch.zeros(0, dtype=torch.int64))
+    seen = Part(torch.zeros(4000), (), torch.zeros(0, dtype=torch.int64))
     moved = []
     for gradients in ([torch.ones(4000)] * 1000, noise):
         p, optimizer = stepped((4000,), tb.L1(), gradients)
@@ -416,9 +417,7 @@ def test_weights_of_half_precision_are_made_up_for_in_full(regularizer: Any) -> 
         optimizer.step()
     before = optimizer.state[p]["dual"].clone()
     seen = (
-        Support(p, (1,), torch.tensor([2]))
-        if isinstance(regularizer, tb.GroupL1)
-        else Support(p, (), torch.arange(16, 24))
+        Part(p, (1,), torch.tensor([2])) if isinstance(regularizer, tb.GroupL1) else Part(p, (), torch.arange(16, 24))
     )
     make_up(p, optimizer.state[p], optimizer.param_groups[0], regularizer, seen, 9)
     moved = optimizer.state[p]["dual"] - before
@@ -429,7 +428,7 @@ def test_weights_of_half_precision_are_made_up_for_in_full(regularizer: Any) -> 
 
 def test_a_weight_without_gradients_has_nothing_to_make_up_for() -> None:
     p, optimizer = stepped((6,), tb.L1(), [torch.zeros(6)] * 3)
-    make_up(p, optimizer.state[p], optimizer.param_groups[0], tb.L1(), Support(p, (), torch.tensor([1])), 5)
+    make_up(p, optimizer.state[p], optimizer.param_groups[0], tb.L1(), Part(p, (), torch.tensor([1])), 5)
     assert not optimizer.state[p]["dual"].any()
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_bregman.kernels import BAND
-from torch_bregman.restriction import Pattern, Support, beyond, sparse_linear
-from torch_bregman.restriction.support import MANY
+from torch_bregman.part import MANY, Part, beyond
+from torch_bregman.restriction import Pattern, sparse_linear
 
 pytest.importorskip("numba")
 
@@ -156,7 +156,7 @@ def test_large_tensors_are_searched_and_moved_by_kernels_alike(bound: float, dty
     index = beyond(weight, bound)
     assert torch.equal(index, (flat.abs() > bound).nonzero().squeeze(1))
     assert len(index) > MANY or bound
-    where, other = Support(weight, (), index), torch.randn(700, 613, dtype=dtype)
+    where, other = Part(weight, (), index), torch.randn(700, 613, dtype=dtype)
     assert torch.equal(where.restrict(other), other.view(-1)[index])
     target = other.clone()
     where.prolong(torch.arange(len(index), dtype=dtype), target)
@@ -176,7 +176,7 @@ def test_supports_do_not_depend_on_the_layout(layout: str, spans: tuple[int, ...
         "gaps": torch.stack([plain, plain], -1)[..., 0],
     }[layout]
     assert torch.equal(full, plain)
-    one, two = Support(plain, spans), Support(full, spans)
+    one, two = Part(plain, spans), Part(full, spans)
     assert torch.equal(one.index, two.index)
     assert torch.equal(one.restrict(plain), two.restrict(full))
     two.prolong(2 * one.restrict(plain), full)

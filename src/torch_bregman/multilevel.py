@@ -15,8 +15,8 @@ from .distributed import is_sharded
 from .network.graph import Graph, Untraceable
 from .optim import AdaBreg, BregmanOptimizer
 from .optim.base import check_number, primal
-from .regularizers import L1, Grouped, Regularizer
-from .restriction import Support, beyond, elementwise, restricted_regularizer, separable, support
+from .part import Part, beyond
+from .regularizers import Regularizer
 from .restriction import choice as choosing
 from .restriction.choice import Choice, Timings
 from .restriction.layers import Layer, Live, Seen, Watch, chains, form_of
@@ -30,7 +30,7 @@ WHOLE = ("step", "lam", "delta", "written", "waiting")  # what of the optimizer'
 
 
 @dataclass
-class Part:
+class Exchanged:
     """A weight of the optimizer while it is restricted.
 
     Attributes:
@@ -161,7 +161,10 @@ class Multilevel:
         self.coarse_steps, self.fine_steps = coarse_steps, 1 if fine_steps is None else fine_steps
         self.boost = 1.0 if boost is None else float(boost)
         self._makes_up = boost is None and coarse_steps is None and isinstance(optimizer, AdaBreg)
-        self._missed: tuple[int, list[Part]] = (0, [])  # coarse steps of the phase that has just ended, and its parts
+        self._missed: tuple[int, list[Exchanged]] = (
+            0,
+            [],
+        )  # coarse steps of the phase that has just ended, and its parts
         self._phase = 0  # coarse steps of this phase so far
         self.margin = (MARGIN if coarse_steps is None else 0.0) if margin is None else float(margin)
         self._reach = 0.8  # entries with |v| beyond this share of λ are near
@@ -174,7 +177,7 @@ class Multilevel:
         #: how each layer computes in the coarse phase, and the timings behind it
         self.choices: dict[str, Choice] = {}
         self.timings = Timings()
-        self._parts: list[Part] = []
+        self._parts: list[Exchanged] = []
         self._last: list[dict[str, Any]] = []  # the parts of the phase that has just ended, while the layers use them
         self._layers: list[Layer] = []
         self._whole: Whole | None = None
@@ -288,8 +291,8 @@ class Multilevel:
                 raise ValueError(f"`state_dict` has a weight of shape {saved['shape']}; here it is {list(full.shape)}.")
             layers = [layer for layer in self._layers_of(full) if layer.name in saved["sparse"]]
             reg = self._regularizer(i)
-            near = Support(full, (), saved["near"]) if "near" in saved else None
-            live = self._live(full, support(full, reg, saved["index"]), near, layers)
+            near = Part(full, (), saved["near"]) if "near" in saved else None
+            live = self._live(full, part_of(full, reg, saved["index"]), near, layers)
             self._enter(i, place, live)
             if near is not None:  # those that have passed the threshold in this phase are no edit
                 state = self.optimizer.state[live.values]
@@ -371,9 +374,13 @@ class Multilevel:
             single = all(not isinstance(group[name], Tensor) or group[name].numel() == 1 for name in ("lam", "delta"))
             ready = [p for p in group["params"] if p.requires_grad and "dual" in self.optimizer.state.get(p, {})]
             # In a group of weights all have one regulariser, and that of live groups is another one.
-            together = not isinstance(reg, Grouped) or len(ready) == len(group["params"])
-            if reg is not None and separable(reg) and single and together:
-                found += [(i, place, p, reg) for place, p in enumerate(group["params"]) if any(p is q for q in ready)]
+            if reg is None or not single or not (reg.elementwise or len(ready) == len(group["params"])):
+                continue
+            found += [
+                (i, place, p, reg)
+                for place, p in enumerate(group["params"])
+                if any(p is q for q in ready) and reg.spans(p.shape) is not None
+            ]
         return found
 
     @torch.no_grad()
@@ -381,14 +388,14 @@ class Multilevel:
         """Choose how each layer will compute, and go to the live parts; False, and nothing done, if none gains."""
         self._phase, self._missed = 0, (0, [])
         candidates = self._candidates()
-        rows = any(by_rows(reg) for *_, reg in candidates)
+        rows = any(reg.outputs for *_, reg in candidates)
         where, near = self._supports(candidates)
         seconds: dict[Layer, tuple[float, float]] = {}
         chosen: dict[Layer, Choice] = {}
         for _, _, p, reg in candidates:
             for layer in self._layers_of(p):
                 # Rows and filters make a smaller dense network.
-                if layer.seen is not None and (elementwise(reg) or (where[p].in_a_row and not by_rows(reg))):
+                if layer.seen is not None and (reg.elementwise or (where[p].in_a_row and not reg.outputs)):
                     with torch.enable_grad():
                         seconds[layer] = self.timings.layer(layer.module, layer.form, p, where[p], layer.seen)
         times = iter(self._agree([t for layer in self._layers for t in seconds.get(layer, (math.nan, math.nan))]))
@@ -527,21 +534,21 @@ class Multilevel:
 
     def _supports(
         self, candidates: list[tuple[int, int, nn.Parameter, Regularizer]]
-    ) -> tuple[dict[nn.Parameter, Support], dict[nn.Parameter, Support]]:
+    ) -> tuple[dict[nn.Parameter, Part], dict[nn.Parameter, Part]]:
         """The support of each weight, and the entries near the threshold that are trained along."""
         optimizer = self.optimizer
-        where: dict[nn.Parameter, Support] = {}
-        near: dict[nn.Parameter, Support] = {}
+        where: dict[nn.Parameter, Part] = {}
+        near: dict[nn.Parameter, Part] = {}
         live = 0
         for i, _, p, reg in candidates:
             # The λ that θ was written with, if it has risen since: what is alive must not be left behind.
             lam = min(float(optimizer.param_groups[i]["lam"]), float(optimizer.state[p]["lam"]))
-            if not self.margin or type(reg) is not L1 or lam <= 0:
-                where[p] = support(p, reg)
+            if not self.margin or not reg.by_magnitude or lam <= 0:
+                where[p] = part_of(p, reg)
                 continue
             index = beyond(optimizer.state[p]["dual"], self._reach * lam)
-            alive = Support(p, (), index).restrict(p) != 0
-            where[p], near[p] = Support(p, (), index[alive]), Support(p, (), index[~alive])
+            alive = Part(p, (), index).restrict(p) != 0
+            where[p], near[p] = Part(p, (), index[alive]), Part(p, (), index[~alive])
             live += len(where[p])
         found = sum(map(len, near.values()))
         if near:  # about as many lie between the bound and λ as their distance says
@@ -549,7 +556,7 @@ class Multilevel:
             self._reach = min(0.98, max(0.1, 1 - (1 - self._reach) * ratio))
         return where, near
 
-    def _live(self, full: nn.Parameter, where: Support, near: Support | None, layers: list[Layer]) -> Live:
+    def _live(self, full: nn.Parameter, where: Part, near: Part | None, layers: list[Layer]) -> Live:
         """The live part of a weight, for the layers that may compute with it alone."""
         if not layers:
             return Live(full, where, near)
@@ -575,20 +582,20 @@ class Multilevel:
         }
         if full.grad is not None:  # of the last step; whoever does not reset gradients adds the next ones to it
             live.values.grad, full.grad = where.restrict(full.grad), None
-        part = Part(group, place, live, reg, held, small)
+        part = Exchanged(group, place, live, reg, held, small)
         self._parts.append(part)
         self._show(part, full=False)
         if self._ranks is not None:
             self._ranks.watch(live.values)
 
-    def _hold_back(self, part: Part) -> None:
+    def _hold_back(self, part: Exchanged) -> None:
         """Entries near the threshold that have passed it wait there: the next fine step brings them to life."""
         if part.live.near is not None:
             state = self.optimizer.state[part.live.values]
             lam = (1 - 4 * torch.finfo(state["dual"].dtype).eps) * float(state["lam"])
             state["dual"][len(part.live.pattern) :].clamp_(-lam, lam)
 
-    def _show(self, part: Part, *, full: bool) -> None:
+    def _show(self, part: Exchanged, *, full: bool) -> None:
         """Let the optimizer hold the weight itself, with its state brought up to date, or its live part."""
         optimizer, live = self.optimizer, part.live
         here, there = (live.full, live.values) if full else (live.values, live.full)
@@ -604,14 +611,14 @@ class Multilevel:
         optimizer.state.pop(there, None)
         optimizer.state[here] = part.held if full else part.small
         optimizer.param_groups[part.group]["params"][part.place] = here
-        optimizer.regularizers[part.group] = part.regularizer if full else restricted_regularizer(part.regularizer)
+        optimizer.regularizers[part.group] = part.regularizer if full else _on_live(part.regularizer)
 
     @torch.no_grad()
     def _show_all(self, *, full: bool) -> None:
         for part in self._parts:
             self._show(part, full=full)
 
-    def _describe(self, part: Part) -> dict[str, Any]:
+    def _describe(self, part: Exchanged) -> dict[str, Any]:
         live = part.live
         return {
             "group": part.group,
@@ -697,9 +704,15 @@ class Multilevel:
             live.read()
 
 
-def by_rows(regularizer: Regularizer | None) -> bool:
-    """Whether its groups are the units of a layer."""
-    return isinstance(regularizer, Grouped) and regularizer.groups in ("rows", "filters")
+def part_of(weight: Tensor, regularizer: Regularizer | None, index: Tensor | None = None) -> Part:
+    """The live part of a weight, in the units of its regulariser; in single entries without one."""
+    spans = () if regularizer is None else regularizer.spans(weight.shape)
+    return Part(weight, spans or (), index)
+
+
+def _on_live(regularizer: Regularizer | None) -> Regularizer | None:
+    """J on the live parts."""
+    return None if regularizer is None else regularizer.restricted()
 
 
 def cycle(progress: float | None) -> int:

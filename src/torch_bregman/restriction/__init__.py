@@ -1,15 +1,5 @@
-"""The live part of a network: its support, the way there and back, and products that touch nothing else."""
+"""Training on the live part of a network: products that touch nothing else, and the compact network."""
 
 from .csr import Pattern, sparse_linear
-from .support import Support, beyond, elementwise, restricted_regularizer, separable, support
 
-__all__ = [
-    "Pattern",
-    "Support",
-    "beyond",
-    "elementwise",
-    "restricted_regularizer",
-    "separable",
-    "sparse_linear",
-    "support",
-]
+__all__ = ["Pattern", "sparse_linear"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..network.trace import leaving_unchanged
+from ..part import Part
 from .layers import Form, Seen
-from .support import Support
 
 MARGIN = 0.9  # the sparse form must take less than this share of the dense one's time
 ABLE = 3.0  # up to this multiple of it, its neighbours may make up for it
@@ -49,7 +49,7 @@ class Timings:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def layer(self, module: nn.Module, form: Form, weight: Tensor, where: Support, seen: Seen) -> tuple[float, float]:
+    def layer(self, module: nn.Module, form: Form, weight: Tensor, where: Part, seen: Seen) -> tuple[float, float]:
         """Seconds of a training pass through `module` for such an input, dense and with the entries `where` alone."""
         key = (
             f"{form.name} {tuple(weight.shape)} {weight.dtype} {seen.shape} {seen.needs_grad} "
@@ -108,7 +108,7 @@ def _inputs(weight: Tensor, seen: Seen) -> Tensor:
     return lies.copy_(x).requires_grad_(seen.needs_grad)
 
 
-def _dense(module: nn.Module, form: Form, full: Tensor, where: Support, seen: Seen) -> Callable[[], object]:
+def _dense(module: nn.Module, form: Form, full: Tensor, where: Part, seen: Seen) -> Callable[[], object]:
     """A training pass with dense arithmetic, as far as the gradient of the live weights, and what follows a step."""
     x, weight = _inputs(full, seen), full.detach().clone().requires_grad_()
     asked = [weight, x] if seen.needs_grad else [weight]
@@ -121,7 +121,7 @@ def _dense(module: nn.Module, form: Form, full: Tensor, where: Support, seen: Se
     return run
 
 
-def _sparse(module: nn.Module, form: Form, full: Tensor, live: Support, seen: Seen) -> Callable[[], object]:
+def _sparse(module: nn.Module, form: Form, full: Tensor, live: Part, seen: Seen) -> Callable[[], object]:
     """The same with the live weights alone."""
     x, weight, where = _inputs(full, seen), full.detach().clone(), form.pattern(full, live.entries)
     values = where.restrict(full).requires_grad_()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,49 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..network.graph import Cut, Graph
 from ..network.kinds.conv import is_miscomputed
 from ..network.trace import leaving_unchanged, without_noise
-
-
-@dataclass(eq=False)
-class Slice:
-    """A parameter or buffer of the network, what became of it in the small network, and which part of it that is.
-
-    Attributes:
-        full: the original.
-        small: a copy of full[index] with a life of its own.
-        index: per dimension of `full` the kept indices, None for all.
-    """
-
-    full: Tensor
-    small: Tensor
-    index: tuple[Tensor | None, ...]
-
-    def restrict(self, full: Tensor) -> Tensor:
-        """The kept part of a weight, a dual, a moment: new, contiguous, of the shape of `small`."""
-        return take(full.detach(), self.index)
-
-    @torch.no_grad()
-    def prolong(self, values: Tensor, full: Tensor, *, zeros: bool = False) -> None:
-        """Write `values` to the kept part of `full`, in place; the rest stays, or becomes zero: `zeros=True`."""
-        values = values.detach().to(full)
-        if zeros:
-            full.zero_()
-        kept = [
-            torch.arange(size, device=full.device) if at is None else at.to(full.device)
-            for size, at in zip(full.shape, self.index, strict=False)
-        ]
-        if not kept:
-            full.copy_(values)
-        else:  # every index in a dimension of its own: the block that they span
-            full[tuple(at.view(-1, *[1] * (len(kept) - 1 - i)) for i, at in enumerate(kept))] = values
-
-
-def take(full: Tensor, index: tuple[Tensor | None, ...]) -> Tensor:
-    part = full
-    for dim, at in enumerate(index):
-        if at is not None:
-            part = part.index_select(dim, at.to(full.device))
-    return part.clone(memory_format=torch.contiguous_format) if part is full else part.contiguous()
-
+from ..part import Part, Piece
 
 # ---- modules of the small network
 
@@ -155,8 +112,8 @@ class Compact:
 
     def __init__(self, graph: Graph, cuts: Mapping[str, Cut]) -> None:
         self.original = graph.model
-        self.slices: list[Slice] = []
-        self.buffers: list[Slice] = []
+        self.slices: list[Piece] = []
+        self.buffers: list[Piece] = []
         self._norms: list[tuple[_BatchNorm, Cut]] = []
         small: dict[int, nn.Module] = {}
         for name, cut in cuts.items():
@@ -169,14 +126,15 @@ class Compact:
         tensor = getattr(full, name)
         if tensor is None:
             return
-        part = take(tensor.detach(), index)
+        part = Part(tensor, index=index)
+        small = part.restrict(tensor)
         if isinstance(tensor, nn.Parameter):
-            owner._parameters[name] = parameter = nn.Parameter(part, requires_grad=tensor.requires_grad)
+            owner._parameters[name] = parameter = nn.Parameter(small, requires_grad=tensor.requires_grad)
             if tensor.requires_grad:
-                self.slices.append(Slice(tensor, parameter, index))
+                self.slices.append(Piece(tensor, parameter, part))
         else:
-            owner._buffers[name] = part
-            self.buffers.append(Slice(tensor, part, index))
+            owner._buffers[name] = small
+            self.buffers.append(Piece(tensor, small, part))
 
     def _layer(self, module: Any, cut: Cut) -> nn.Module:
         small = _shallow(module, _ROWS[type(module)])

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels import DTYPES, LINE_BYTES, threads
+from ..part import Part
 from .csr import ALONE, check_values
-from .support import Support
 
 PIXELS = 512 << 10  # bytes of input that a piece reads at most, if it can: a part of the level-2 cache
 PIECES = 16  # that the work is cut into at least, if it can be
@@ -57,7 +57,7 @@ class _Lists:
         return self.offsets[key]
 
 
-class ConvPattern(Support):
+class ConvPattern(Part):
     """Where a weight of a convolution [out, in/groups, kh, kw] is not zero, entry by entry, row by row.
 
     Args:

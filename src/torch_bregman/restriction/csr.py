@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import BAND, DTYPES, threads
-from .support import Support
+from ..part import Part
 
 BLOCK = 768  # columns of a block: at 128 floats of the batch, 384 KB of X
 ENTRIES = 16  # per row and block, at least: the sums are read and written once for each
 ALONE = 1 << 15  # multiplications up to which a second thread does not pay
 
 
-class Pattern(Support):
+class Pattern(Part):
     """Where a matrix W [out, in] is not zero, entry by entry, as compressed rows of W and of Wᵀ.
 
     Raises:
@@ -175,7 +175,7 @@ def sparse_linear(
     return _SparseLinear.apply(x, values, bias, pattern, whole, near, relu)  # type: ignore[no-untyped-call]
 
 
-def check_values(values: Tensor, pattern: Support, near: Support | None) -> None:
+def check_values(values: Tensor, pattern: Part, near: Part | None) -> None:
     """ValueError unless `values` has an entry for each of the pattern's and each of `near`."""
     wanted = len(pattern) + (0 if near is None else len(near))
     if tuple(values.shape) != (wanted,):

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from .. import kernels
 from ..kernels import DTYPES
+from ..part import Part
 from . import waiting
 from .conv import ConvPattern, max_pool2d, sparse_conv2d
 from .csr import Pattern, sparse_linear
-from .support import Support
 
 
 class Seen(NamedTuple):
@@ -126,12 +126,12 @@ class Live:
         stale: the values have moved on since W was written; it is brought up to date when somebody looks at it.
     """
 
-    def __init__(self, full: nn.Parameter, pattern: Support, near: Support | None = None, entries: Any = None) -> None:
+    def __init__(self, full: nn.Parameter, pattern: Part, near: Part | None = None, entries: Any = None) -> None:
         self.full, self.pattern, self.near = full, pattern, near
         self.entries = pattern if entries is None else entries
         self.where = pattern
         if near is not None:
-            self.where = Support(full, (), torch.cat([pattern.index, near.index]))
+            self.where = Part(full, (), torch.cat([pattern.index, near.index]))
         where = self.where
         self.plain = full.detach()  # W, for those who know what they do
         self.values = nn.Parameter(where.restrict(full))

@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import DTYPES, threads
 from ..optim.fused import without_gaps
-from ..regularizers import Grouped, Regularizer
-from .support import Support
+from ..part import Part
+from ..regularizers import Regularizer
 
 FEW = 1 << 16  # entries up to which compiling a kernel is not worth it
 INSIDE = 1 - 1e-4  # of the threshold, so that rounding carries no group over it
@@ -21,7 +21,7 @@ INSIDE = 1 - 1e-4  # of the threshold, so that rounding carries no group over it
 
 @torch.no_grad()
 def make_up(
-    weight: Tensor, state: dict[str, Any], group: dict[str, Any], reg: Regularizer, seen: Support, missed: int
+    weight: Tensor, state: dict[str, Any], group: dict[str, Any], reg: Regularizer, seen: Part, missed: int
 ) -> None:
     r"""Before a fine step of AdaBreg: let v move as it would have in the `missed` steps, where the gradients agree.
 
@@ -49,7 +49,7 @@ def make_up(
     (beta1, beta2), k = group["betas"], float(state["step"]) + 1
     noise = (1 - beta1) / (1 + beta1)
     bound = float(state["lam"]) * INSIDE
-    between = None if isinstance(reg, Grouped) else reg.interval(bound)
+    between = reg.interval(bound)
     numbers = [
         beta2**missed, beta2, group["eps"], -missed * float(group["lr"]), -1.0 if group["maximize"] else 1.0,
         1 - beta1, 1 / (1 - beta1**k), 1 / (1 - beta2**k), noise, 1 / (1 - noise),

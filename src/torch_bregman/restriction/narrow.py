@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from ..network import kinds
 from ..network.graph import Cut, Graph
+from ..part import Part
 from .compact import Compact, _shallow, convolve
 from .layers import Chain, Live, Watch
-from .support import Support
 
 
 class _Narrow:
@@ -102,7 +102,7 @@ class Narrow(Compact):
         if tensor in self._given:
             self._own(owner, name, self._given[tensor])
         elif len(kept) < len(tensor) and tensor.requires_grad:
-            self._own(owner, name, Live(tensor, Support(tensor, (), kept)))
+            self._own(owner, name, Live(tensor, Part(tensor, (), kept)))
         elif len(kept) < len(tensor):
             owner._parameters[name] = nn.Parameter(tensor.detach()[kept.to(tensor.device)], requires_grad=False)
 

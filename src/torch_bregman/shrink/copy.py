@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..network import kinds
 from ..network.kinds import Exchange
-from ..restriction.compact import Slice, take
+from ..part import Part, Piece
 from .report import Row
 
 
@@ -44,7 +44,7 @@ class ShrinkingCopy:
             p.grad = None
         self.notes: list[str] = []
         self.code: fx.Graph | None = None
-        self.parts: dict[nn.Parameter, list[Slice]] = {}
+        self.parts: dict[nn.Parameter, list[Piece]] = {}
         self.outcomes: dict[str, Outcome] = {}
         # Every module of the original, and the one of the copy that is cut.
         self.twins = {name: (old, self.model.get_submodule(name)) for name, old in model.named_modules()}
@@ -65,13 +65,14 @@ class ShrinkingCopy:
         full = getattr(old.get_submodule(inside), leaf)
         if full is None:
             return
-        part = take(full.detach(), index) if value is None else value.to(full.detach())
+        part = Part(full, index=index)
+        small = part.restrict(full) if value is None else value.to(full.detach())
         owner, target = owner or new, target or leaf
         if isinstance(full, nn.Parameter):
-            setattr(owner, target, nn.Parameter(part, requires_grad=full.requires_grad))
-            self.parts.setdefault(full, []).append(Slice(full, getattr(owner, target), index))
+            setattr(owner, target, nn.Parameter(small, requires_grad=full.requires_grad))
+            self.parts.setdefault(full, []).append(Piece(full, getattr(owner, target), part))
         else:
-            setattr(owner, target, part)
+            setattr(owner, target, small)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put another module in the place of the one of this name."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim.base import BregmanOptimizer
-from ..restriction.compact import Slice
+from ..part import Piece
 from .copy import ShrinkingCopy
 
 
@@ -34,7 +34,7 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module, smaller: Shrinkin
     same = dict(smaller.model.named_parameters(remove_duplicate=False))
     regularizers = getattr(optimizer, "regularizers", None)
     groups: list[dict[str, Any]] = []
-    state: list[tuple[Tensor, Slice | None, dict[str, Any]]] = []
+    state: list[tuple[Tensor, Piece | None, dict[str, Any]]] = []
     for i, group in enumerate(optimizer.param_groups):
         options = {k: v for k, v in group.items() if k not in ("params", "regularizer", "param_names")}
         reg = None if regularizers is None else regularizers[i]
@@ -69,7 +69,7 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module, smaller: Shrinkin
     return new
 
 
-def _restrict(value: Any, part: Slice | None) -> Any:
+def _restrict(value: Any, part: Piece | None) -> Any:
     """What belongs to the part, of something shaped like its parameter; of others a copy."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)

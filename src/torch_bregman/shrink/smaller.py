@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..distributed import require_whole
 from ..network.trace import STEPPED
-from ..restriction.compact import Slice
+from ..part import Piece
 from .check import difference
 from .copy import ShrinkingCopy
 from .heads import remove_heads
@@ -30,13 +30,13 @@ class Shrunk:
         optimizer: one that goes on with it, or None.
         report: what was done; `print` it.
         parts: which part of which parameter of the original each one of the smaller network is that was cut, as
-            `Slice` with `full`, `small` and `index`. Constants may have been added to its values.
+            `Piece` with `full`, `small` and `index`. Constants may have been added to its values.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     report: Report
-    parts: list[Slice]
+    parts: list[Piece]
 
 
 def shrink(
