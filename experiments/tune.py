@@ -19,9 +19,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from torch_bregman.files import write_atomically
 from torch_bregman.reproduce import describe_machine, find_recipes, read_experiment
 from torch_bregman.train import Recipe, fit
-from torch_bregman.train.files import RunError, write_atomically
+from torch_bregman.train.errors import RunError
 
 SEED = 100  # the tables have 0, 1, 2
 

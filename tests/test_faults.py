@@ -20,9 +20,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torch_bregman.train import Recipe, fit, loop
-from torch_bregman.train.files import RunError
-from torch_bregman.train.loop import Stopped
-from torch_bregman.train.ranks import ALONE, start
+from torch_bregman.train.errors import RunError, Stopped
+from torch_bregman.train.ranks import ONE_PROCESS, start
 
 
 def norm_net(shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -218,7 +217,7 @@ def newest(run: Path) -> tuple[str | None, list[str]]:
     from torch_bregman.train.folders import newest_folder
 
     said: list[str] = []
-    folder = newest_folder(run / "checkpoint", ALONE, said.append)
+    folder = newest_folder(run / "checkpoint", ONE_PROCESS, said.append)
     return folder.name if folder else None, said
 
 

@@ -9,7 +9,7 @@ from several import together
 from test_faults import recipe, rows_of, stopped_at, weights_of
 
 from torch_bregman.train import fit, loop
-from torch_bregman.train.loop import Stopped
+from torch_bregman.train.errors import Stopped
 from torch_bregman.train.ranks import start
 
 CASES = {

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import torch_bregman as tb
 from torch_bregman.train import Recipe, fit
+from torch_bregman.train.errors import Stopped
 from torch_bregman.train.graphs import Replayed
-from torch_bregman.train.loop import Stopped
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

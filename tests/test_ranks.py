@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from several import free_port, outcome, together, torchrun
 
 from torch_bregman.train import Recipe, fit
-from torch_bregman.train.ranks import Ranks, start
+from torch_bregman.train.ranks import Processes, start
 
 CASES = {
     "short last batch": {"limit": 129},  # of 64 + 64 + 1 samples: nothing is left for the second rank
@@ -70,7 +70,7 @@ def test_every_sample_counts_once(size, samples):
     x = torch.arange(samples, dtype=torch.float64)
     seen, total = [], 0.0
     for rank in range(size):
-        ranks = Ranks("ddp", rank, size)
+        ranks = Processes("ddp", rank, size)
         (part,) = ranks.part(x)
         seen += part[: ranks.count(samples)].tolist()
         assert len(part) == max(ranks.count(samples), 1)

@@ -292,11 +292,11 @@ def test_failed_write_leaves_the_old_page(run: Path, monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("torch_bregman.report.html.os.replace", fail)
+    monkeypatch.setattr("torch_bregman.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(run)
     assert (run / "report.html").read_bytes() == old
-    assert not list(run.glob(".report*"))
+    assert not list(run.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (128, 128), (300, 7), (1000, 700), (130, 3, 5, 5), (1, 4000), (2, 2, 2)])

@@ -18,8 +18,7 @@ from torch_bregman import reproduce as tables
 from torch_bregman.cli import main
 from torch_bregman.report.curves import family
 from torch_bregman.reproduce import read_experiment, read_experiments
-from torch_bregman.train.files import RunError
-from torch_bregman.train.loop import Stopped
+from torch_bregman.train.errors import RunError, Stopped
 from torch_bregman.train.recipe import Recipe
 
 CLONE = Path(__file__).parents[1]

@@ -16,8 +16,8 @@ from torch_bregman import rivals
 from torch_bregman.report import write_report
 from torch_bregman.rivals import SET, GradualMagnitudePruning, Lasso, RigL, erk, training_flops, uniform
 from torch_bregman.train import Recipe, fit
-from torch_bregman.train.files import load_checkpoint
-from torch_bregman.train.loop import Stopped
+from torch_bregman.train.checksummed import load_checkpoint
+from torch_bregman.train.errors import Stopped
 
 NAMES = ("gmp", "set", "rigl", "lasso")
 

@@ -20,8 +20,8 @@ import torch_bregman as tb
 from torch_bregman.models import MODELS, build
 from torch_bregman.models.resnet import ResNet
 from torch_bregman.train import Recipe, fit
-from torch_bregman.train.files import RunError, latest_checkpoint, load_checkpoint, previous, save_checkpoint
-from torch_bregman.train.loop import Stopped
+from torch_bregman.train.checksummed import latest_checkpoint, load_checkpoint, previous, save_checkpoint
+from torch_bregman.train.errors import RunError, Stopped
 
 
 def rows_of(run: Path) -> list[dict]:

@@ -6,8 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,8 +30,8 @@ from .models import build
 from .report import terminal_summary, write_report
 from .report.words import near
 from .train.denoising import Denoising
-from .train.files import RunError
-from .train.loop import Stopped, evaluate, fit
+from .train.errors import RunError, Stopped, writing
+from .train.loop import evaluate, fit
 from .train.ranks import TORCHRUN, start
 from .train.recipe import Recipe
 
@@ -457,17 +456,6 @@ def trained(run: Path, data: Dataset | None = None) -> Trained:
         name = [*missing, *unknown][0]
         raise RunError(f"The weights {weights} are not those of the model {recipe.model}: {name} is in one only.")
     return Trained(recipe, data, model.eval(), weights)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """RunError where `path` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"Could not write {path}: {error.strerror or error}; what was there before is untouched."
-        ) from None
 
 
 def writable(path: Path) -> Path:

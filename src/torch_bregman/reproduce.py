@@ -36,13 +36,14 @@ from . import __version__
 from .choices import choose
 from .data import DataError, load
 from .density import density as density_of
+from .files import write_atomically
 from .init import sparse_init_
 from .models.resnet import ResNet
 from .report.architecture import draw_architectures
 from .report.curves import draw_curves, family
 from .report.words import percent
-from .train.files import RunError, write_atomically
-from .train.loop import Stopped, fit, pick_device
+from .train.errors import RunError, Stopped, writing
+from .train.loop import fit, pick_device
 from .train.recipe import OPTIMIZERS, RIVALS, Recipe
 
 QUICK: dict[str, Any] = {"epochs": 1, "limit": 1000}
@@ -303,7 +304,8 @@ def reproduce(
         content = {"quick": True, "warning": QUICK_WARNING, **content}
     if out is not None:
         _make_folder(out)
-        write_atomically(out / f"{experiment.name}.json", (json.dumps(content, indent=1) + "\n").encode())
+        with writing(out / f"{experiment.name}.json"):
+            write_atomically(out / f"{experiment.name}.json", (json.dumps(content, indent=1) + "\n").encode())
         say(f"→ {out / f'{experiment.name}.json'}")
         if not quick:
             shutil.rmtree(out / ".reproduce" / experiment.name, ignore_errors=True)
@@ -371,7 +373,9 @@ def _state_folder(out: Path, name: str) -> Path:
     """OUT/.reproduce/NAME, which git does not see."""
     state = out / ".reproduce" / name
     _make_folder(state)
-    write_atomically(out / ".reproduce" / ".gitignore", b"*\n")
+    ignored = out / ".reproduce" / ".gitignore"
+    with writing(ignored):
+        write_atomically(ignored, b"*\n")
     return state
 
 
@@ -537,7 +541,8 @@ def _child(root: str, runs: Sequence[str]) -> None:
             if key in epochs[0]
         }
         result["dense_flops"] = end["dense_flops"]
-        write_atomically(folder / "result.json", json.dumps(result).encode())
+        with writing(folder / "result.json"):
+            write_atomically(folder / "result.json", json.dumps(result).encode())
         for path in folder.iterdir():  # checkpoints are large, and no longer needed
             if path.is_dir():
                 shutil.rmtree(path)
@@ -943,7 +948,8 @@ def write_page(folder: Path, experiments: dict[str, Experiment], results_folder:
             if name in results:
                 plot(results[name], folder / f"results-{name}.png", experiment.picture)
     path = folder / "results.md"
-    write_atomically(path, results_page(experiments, results, folder).encode())
+    with writing(path):
+        write_atomically(path, results_page(experiments, results, folder).encode())
     return path
 
 
@@ -968,7 +974,8 @@ def plot(content: dict[str, Any], path: Path, picture: str = "curves") -> None:
         FigureCanvasAgg(figure)
         draw = draw_architectures if picture == "architecture" else draw_curves
         if draw(figure, content["rows"]):
-            write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+            with writing(path):
+                write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import lzma
-import os
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -22,6 +20,7 @@ from torch_bregman.data.download import absent, default_cache, fetch
 from torch_bregman.data.errors import DataError
 from torch_bregman.data.normalise import Array
 from torch_bregman.data.splits import Pair, Raw
+from torch_bregman.files import write_atomically
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HOME = "https://www.cs.toronto.edu/~kriz/"
@@ -130,14 +129,7 @@ def packed_images(parts: list[Path], cache: Path | None) -> Array:
     images = np.concatenate([decode(content, part) for content, part in zip(packed, parts, strict=True)])
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, images, allow_pickle=False)
-            os.replace(name, target)  # whole or not at all, also beside a second process
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_atomically(target, lambda file: np.save(file, images, allow_pickle=False), shared=True)
     return images
 
 

@@ -1,7 +1,6 @@
 """Writes the page: gathers text and figures, and fills the template. All that comes from files is escaped."""
 
 import math
-import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from torch_bregman.files import write_atomically
 from torch_bregman.report import plots
 from torch_bregman.report.extras import needs_train_extra
 from torch_bregman.report.patterns import png_data_uri
@@ -101,12 +101,8 @@ def write_report(run: str | Path) -> Path:
         units=units,
     )
     path = record.path / "report.html"
-    temporary = record.path / f".report.html.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A run that still trains may be reported on meanwhile.
+    write_atomically(path, page.encode("utf-8", errors="replace"), shared=True)
     return path
 
 

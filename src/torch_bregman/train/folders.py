@@ -24,9 +24,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from ..distributed import local
-from . import files
-from .files import RunError, latest_checkpoint
-from .ranks import Ranks
+from ..files import write_atomically
+from .checksummed import latest_checkpoint
+from .errors import RunError
+from .ranks import Processes
 
 KEEP = 2  # folders: the newest, and the one before in case it is damaged
 Warn = Callable[[str], None]
@@ -41,7 +42,7 @@ class Folders:
     checksums. What goes wrong there is a warning, for the checkpoint before is untouched and the next save tries again.
     """
 
-    def __init__(self, run: Path, warn: Warn, ranks: Ranks) -> None:
+    def __init__(self, run: Path, warn: Warn, ranks: Processes) -> None:
         self.path = run / "checkpoint"
         self.ranks, self.warn = ranks, warn
         self.good: list[Path] = []  # folders known to be whole
@@ -148,14 +149,14 @@ class Folders:
         save_tensors(dict(self._staged), storage_writer=FileSystemWriter(str(folder)), process_group=self._group)
         mine = [path.name for path in folder.glob(f"__{self.ranks.rank}_*")]
         if self.ranks.first:
-            files.write_atomically(folder / "run.pt", rest)
+            write_atomically(folder / "run.pt", rest)
             mine += [".metadata", "run.pt"]
         return {name: checksum(folder / name) for name in mine}
 
     def _finish(self, folder: Path, step: int, sums: dict[str, str]) -> None:
         """Write the manifest, give the folder its name and remove old ones."""
         manifest = {"step": step, "world_size": self.ranks.size, "strategy": self.ranks.strategy, "sha256": sums}
-        files.write_atomically(temporary(folder) / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_atomically(temporary(folder) / "manifest.json", json.dumps(manifest, indent=1).encode())
         if folder.exists():  # a damaged one
             shutil.rmtree(folder)
         os.replace(temporary(folder), folder)
@@ -168,7 +169,7 @@ class Folders:
 
 
 def latest(
-    run: Path, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, warn: Warn
+    run: Path, ranks: Processes, model: nn.Module, optimizer: torch.optim.Optimizer, warn: Warn
 ) -> tuple[dict[str, Any] | None, Path | None]:
     """What was saved last and is undamaged, laid out as `model` is here; and the folder that holds it, if it is one.
 
@@ -190,7 +191,7 @@ def latest(
     return saved, None
 
 
-def newest_folder(path: Path, ranks: Ranks, warn: Warn) -> Path | None:
+def newest_folder(path: Path, ranks: Processes, warn: Warn) -> Path | None:
     """The newest whole folder; what is damaged is named. All ranks look, each at some of the files, and agree."""
     damaged = None
     for folder in ranks.on_first(lambda: folders(path)[::-1]):
@@ -271,7 +272,7 @@ def split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_tensors(
-    folder: Path, rest: dict[str, Any], ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, rest: dict[str, Any], ranks: Processes, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """The state of model and optimizer from what `split` has made, as this rank holds it."""
     reader = SafeReader(str(folder))
@@ -299,7 +300,7 @@ def read_tensors(
     return found
 
 
-def lay_out(saved: dict[str, Any], ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def lay_out(saved: dict[str, Any], ranks: Processes, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Cut the weights and states of a single process as those of the model are here."""
     if ranks.strategy != "fsdp":
         return

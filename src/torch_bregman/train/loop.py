@@ -27,6 +27,7 @@ from .. import kernels
 from ..data import AUGMENTATIONS, Batches, Split, load
 from ..density import sparsity_report
 from ..distributed import local, sum_over_parts, whole
+from ..files import write_atomically
 from ..init import sparse_init_
 from ..layers import weight_layers
 from ..models import build
@@ -36,11 +37,12 @@ from ..network.kinds.conv import is_miscomputed
 from ..report import weight_pattern
 from ..report.words import near
 from ..rivals import Lasso, Rival, training_flops
+from .checkpoints import checkpoints_of
 from .denoising import Denoising, denoises, start_at_mean
 from .display import Display
-from .files import RunError, write_atomically
+from .errors import RunError, Stopped, writing
 from .graphs import Replayed
-from .ranks import ALONE, Looks, Ranks
+from .ranks import ONE_PROCESS, Processes, StatusChecks
 from .recipe import (
     DENSE,
     RIVALS,
@@ -63,13 +65,9 @@ EVALUATION_BATCH = 1000
 SSIM_IMAGES = 1000  # of the validation data in every epoch; of the test data all
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """The run was interrupted and has saved its state."""
-
-
 def fit(
     recipe: Recipe, run: Path, *, data_root: Path | None = None, quiet: bool = False, title: str = "",
-    ranks: Ranks = ALONE,
+    ranks: Processes = ONE_PROCESS,
 ) -> dict[str, Any]:  # fmt: skip
     """Train what `recipe` says in the folder `run`, going on from a checkpoint there; returns its last metrics row.
 
@@ -160,7 +158,7 @@ def fit(
 
     with Display(
         recipe.epochs, steps_per_epoch, asked=asked, quiet=quiet, title=title, silent=not ranks.first
-    ) as display, ranks.checkpoints(run, display.message) as checkpoints:  # fmt: skip
+    ) as display, checkpoints_of(run, display.message, ranks) as checkpoints:  # fmt: skip
         saved = checkpoints.load(model, optimizer)
         if saved is None:
             order_at_start = order.get_state()
@@ -197,7 +195,7 @@ def fit(
             display.message("The first sparse steps compile their kernels: some seconds, once on this machine.")
         display.start(first_epoch - 1)
         began = last_save = time.perf_counter()
-        looks = Looks(ranks, LOOK_EVERY)
+        checks = StatusChecks(ranks, LOOK_EVERY)
         pause = SAVE_EVERY
 
         def save(epoch: int, batch: int, *, urgent: bool = False) -> None:
@@ -244,8 +242,8 @@ def fit(
                     del loss, whole  # with the graph, which must not live while the next one is recorded
                     i += 1
                     display.advance(len(x))
-                    if looks.due(stopping()):
-                        stop, late = looks.agree(stopping(), time.perf_counter() - last_save > pause)
+                    if checks.due(stopping()):
+                        stop, late = checks.agree(stopping(), time.perf_counter() - last_save > pause)
                         ranks.average_(losses[averaged:i])
                         averaged = i
                         display.loss(finite(losses[:i], epoch, steps_per_epoch, checkpoints.last)[-1].item())
@@ -370,7 +368,7 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
 @torch.no_grad()
 def evaluate(
     model: nn.Module, split: Split, denoising: Denoising | None, mixed: Callable[[], Any], layout: dict[str, Any],
-    ranks: Ranks = ALONE, similarity: Callable[[Tensor, Tensor], list[float]] | None = None, images: int = 0,
+    ranks: Processes = ONE_PROCESS, similarity: Callable[[Tensor, Tensor], list[float]] | None = None, images: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """val_loss; val_accuracy where there are classes; with `similarity` the mean val_ssim of the first `images`.
 
@@ -491,7 +489,7 @@ def finite(losses: Tensor, epoch: int, steps_per_epoch: int, checkpoint: Path | 
     return losses
 
 
-def check_weights(model: nn.Module, step: int, checkpoint: Path | None, ranks: Ranks) -> None:
+def check_weights(model: nn.Module, step: int, checkpoint: Path | None, ranks: Processes) -> None:
     """RunError where a weight is not finite, so that no such weight is ever saved."""
     good = torch.stack([local(p).isfinite().all() for p in model.parameters()]).all()
     if any(ranks.any(not good)):
@@ -537,7 +535,8 @@ class Metrics:
         if silent:
             return
         # What a killed run wrote after its last checkpoint is written again by the resumed one.
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        with writing(self.path):
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -568,7 +567,7 @@ class Metrics:
             self.board.close()
 
 
-def keep_patterns(run: Path, when: str, model: nn.Module, ranks: Ranks) -> None:
+def keep_patterns(run: Path, when: str, model: nn.Module, ranks: Processes) -> None:
     """Add the pictures of where the weights are non-zero to patterns.npz."""
     path = run / "patterns.npz"
     new = {
@@ -581,10 +580,11 @@ def keep_patterns(run: Path, when: str, model: nn.Module, ranks: Ranks) -> None:
     if path.exists() and when != "start":
         with np.load(path, allow_pickle=False) as old:
             pictures = {name: old[name] for name in old.files}
-    write_atomically(path, lambda file: np.savez_compressed(file, **(pictures | new)))  # type: ignore[arg-type]
+    with writing(path):
+        write_atomically(path, lambda file: np.savez_compressed(file, **(pictures | new)))  # type: ignore[arg-type]
 
 
-def save_model(path: Path, model: nn.Module, ranks: Ranks = ALONE) -> None:
+def save_model(path: Path, model: nn.Module, ranks: Processes = ONE_PROCESS) -> None:
     """The weights as safetensors."""
     state = ranks.whole_state(model)
     if not ranks.first:
@@ -593,10 +593,11 @@ def save_model(path: Path, model: nn.Module, ranks: Ranks = ALONE) -> None:
     # One copy of tied tensors: safetensors refuses two names for one memory.
     seen: dict[int, str] = {}
     unique = {n: t for n, t in tensors.items() if t.numel() == 0 or seen.setdefault(t.data_ptr(), n) == n}
-    write_atomically(path, to_safetensors(unique))
+    with writing(path):
+        write_atomically(path, to_safetensors(unique))
 
 
-def load_model(path: Path, model: nn.Module, ranks: Ranks = ALONE) -> None:
+def load_model(path: Path, model: nn.Module, ranks: Processes = ONE_PROCESS) -> None:
     """Read what `save_model` wrote."""
     from safetensors.torch import load_file
 

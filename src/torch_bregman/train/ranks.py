@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,11 +22,8 @@ from torch.distributed.rendezvous import rendezvous
 from ..choices import choose
 from ..data import DataError
 from ..optim.base import check_number
-from .files import OneFile, RunError
+from .errors import RunError
 from .recipe import RIVALS, Recipe
-
-if TYPE_CHECKING:
-    from .folders import Folders
 
 STRATEGIES = ("none", "ddp", "fsdp")
 TORCHRUN = "torchrun --standalone --nproc-per-node 2 -m torch_bregman"
@@ -36,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """Which of the processes this one is, and what they do together."""
 
     strategy: str = "none"
@@ -188,15 +184,7 @@ class Ranks:
                     raise other
         return value  # type: ignore[return-value]
 
-    # ------------------------------------------------------------------ files
-
-    def checkpoints(self, run: Path, warn: Callable[[str], None]) -> OneFile | Folders:
-        """Where the run is saved."""
-        if self.strategy == "none":
-            return OneFile(run, warn)
-        from .folders import Folders  # takes a second to import
-
-        return Folders(run, warn, self)
+    # ------------------------------------------------------------------ the weights in one piece
 
     def whole_state(self, model: nn.Module) -> dict[str, Any]:
         """`model.state_dict()` in one piece, with FSDP on the CPU of the first rank only."""
@@ -218,16 +206,16 @@ class Ranks:
         set_model_state_dict(model, state, options=options)
 
 
-ALONE = Ranks()
+ONE_PROCESS = Processes()
 
 
-class Looks:
-    """When the loop looks up from its steps: about every `every` seconds.
+class StatusChecks:
+    """When the loop looks up from its steps to see how things stand: about every `every` seconds.
 
     Several ranks look after a number of steps on which they have agreed, for what follows takes all of them.
     """
 
-    def __init__(self, ranks: Ranks, every: float) -> None:
+    def __init__(self, ranks: Processes, every: float) -> None:
         self.ranks, self.every = ranks, every
         self._last = time.perf_counter()
         self._steps, self._wait = 0, 1
@@ -265,7 +253,7 @@ def check(strategy: str, recipe: Recipe) -> None:
 
 
 @contextmanager
-def start(strategy: str, recipe: Recipe, timeout: float = 600.0) -> Iterator[Ranks]:
+def start(strategy: str, recipe: Recipe, timeout: float = 600.0) -> Iterator[Processes]:
     """Join the processes that torchrun has started, and leave them in the end.
 
     `timeout`: seconds after which a rank that does not answer is given up. Raises RunError where torchrun and
@@ -279,12 +267,12 @@ def start(strategy: str, recipe: Recipe, timeout: float = 600.0) -> Iterator[Ran
             raise RunError(
                 f"torchrun has started {size} processes, and each would train on its own: add --strategy ddp or fsdp."
             )
-        yield ALONE
+        yield ONE_PROCESS
         return
     if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
         raise RunError(f"--strategy {strategy} needs torchrun: {TORCHRUN} {shlex.join(sys.argv[1:])}")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    ranks = Ranks(strategy, rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ranks = Processes(strategy, rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     device = torch.device(ranks.device_name(recipe.device))
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():

@@ -15,6 +15,7 @@ from ..control import TargetDensity
 from ..data import AUGMENTATIONS
 from ..density import check_density
 from ..distributed import is_sharded
+from ..files import write_atomically
 from ..layers import param_groups, weight_layers
 from ..models import MODELS
 from ..multilevel import Multilevel
@@ -22,7 +23,7 @@ from ..optim import AdaBreg, BregmanOptimizer, LinBreg, ProxSGD
 from ..optim.base import check_number
 from ..regularizers import GROUPS, L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
 from ..rivals import SET, GradualMagnitudePruning, Lasso, RigL, Rival
-from .files import write_atomically
+from .errors import writing
 
 #: optimizer → its default lr
 OPTIMIZERS = {
@@ -266,7 +267,8 @@ class Recipe:
         import tomli_w
 
         values = {name: value for name, value in asdict(self).items() if value is not None}
-        write_atomically(path, tomli_w.dumps(values).encode())
+        with writing(path):
+            write_atomically(path, tomli_w.dumps(values).encode())
 
 
 def make_regularizer(recipe: Recipe) -> dict[Any, Regularizer | None]:
