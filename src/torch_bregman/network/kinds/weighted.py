@@ -127,7 +127,8 @@ class WeightedSum(Kind):
             index, weight = index[::-1], None if weight is None else weight.transpose(0, 1)
         exchange("weight", *index, value=weight)
         self.cut_bias(module, kept, exchange)
-        for name, size in zip(self.counts, self.matrix(module).shape, strict=False):
+        rows, columns = module.weight.shape[:2]
+        for name, size in zip(self.counts, (rows, columns) if self.rows_are_outputs else (columns, rows), strict=True):
             setattr(module, name, size)
 
     def cut_bias(self, module: Any, kept: Kept, exchange: Exchange) -> None:
