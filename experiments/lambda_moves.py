@@ -26,7 +26,8 @@ from torch import Tensor
 
 import torch_bregman as tb
 from torch_bregman.control import Scope
-from torch_bregman.optim.base import BregmanOptimizer, primal
+from torch_bregman.optim import RegularizedOptimizer
+from torch_bregman.optim.base import primal
 from torch_bregman.train import Recipe, fit, loop
 
 
@@ -34,7 +35,7 @@ class Keep(Scope):
     """Weights that survive a change of λ keep their value."""
 
     @torch.no_grad()
-    def scale(self, optimizer: BregmanOptimizer, factor: float) -> None:
+    def scale(self, optimizer: RegularizedOptimizer, factor: float) -> None:
         before = [optimizer.param_groups[i]["lam"] for i in self.groups]
         super().scale(optimizer, factor)
         for i, old in zip(self.groups, before, strict=True):
@@ -109,7 +110,7 @@ def control(scope: type[Scope] = Scope, **options: Any) -> Any:
     class Controller(tb.TargetDensity):
         _make = scope
 
-    def make(recipe: Recipe, optimizer: BregmanOptimizer, model: torch.nn.Module, steps: int) -> tb.TargetDensity:
+    def make(recipe: Recipe, optimizer: RegularizedOptimizer, model: torch.nn.Module, steps: int) -> tb.TargetDensity:
         assert recipe.density is not None
         return Controller(optimizer, recipe.density, recipe.control, steps, model=model, **options)
 

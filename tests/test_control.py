@@ -298,7 +298,7 @@ def test_counting_near_lam_finds_what_sorting_finds(
 
     def run(counting: bool) -> tuple[list[torch.Tensor], list[float]]:
         from torch_bregman import control as module
-        from torch_bregman.optim.fused import near_kth
+        from torch_bregman.optim.select import near_kth
 
         def asked(*args: object) -> object:
             found = near_kth(*args) if counting else None  # type: ignore[arg-type]

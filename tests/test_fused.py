@@ -21,7 +21,7 @@ from numba.core import event
 
 import torch_bregman as tb
 from torch_bregman import kernels
-from torch_bregman.optim import fused
+from torch_bregman.optim.onepass import cpu, groups, plans
 from torch_bregman.regularizers import group_dims
 
 Shape = tuple[int, ...]
@@ -50,7 +50,7 @@ LINEAR: tuple[Shape, ...] = ((37, 53), (5, 3), (0, 3))
 CONV: tuple[Shape, ...] = ((11, 7, 3, 3), (20, 16, 5, 5), (6, 5, 7), (0, 3, 3, 3))
 ANY: tuple[Shape, ...] = ((37, 53), (5,), (3, 4, 3, 3), (), (0, 3))
 LARGE = {2: (300, 1000), 4: (128, 256, 3, 3)}
-assert all(np.prod(shape) > fused.SMALL for shape in LARGE.values())
+assert all(np.prod(shape) > groups.SMALL for shape in LARGE.values())
 
 GROUPED: dict[str, Callable[[], tb.Regularizer]] = {
     **{f"group-{name}": functools.partial(tb.GroupL1, name) for name in ("rows", "columns")},
@@ -204,18 +204,18 @@ def twins(kind: str, name: str, dtype: torch.dtype = torch.float32, *, large: bo
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """The passes of the kernel that ran since the test began, and the writes of groups."""
     calls: list[tuple[str, str]] = []
-    run, write = fused.Plan.run, fused.GroupPlan.write
+    run, write = cpu.CpuPlan.run, groups.GroupPlan.write
 
-    def recorded_run(self: fused.Plan, rule: str, mode: str) -> None:
+    def recorded_run(self: cpu.CpuPlan, rule: str, mode: str) -> None:
         calls.append((rule, mode))
         run(self, rule, mode)
 
-    def recorded_write(self: fused.GroupPlan, *args: Any) -> None:
+    def recorded_write(self: groups.GroupPlan, *args: Any) -> None:
         calls.append(("groups", "WRITE"))
         write(self, *args)
 
-    monkeypatch.setattr(fused.Plan, "run", recorded_run)
-    monkeypatch.setattr(fused.GroupPlan, "write", recorded_write)
+    monkeypatch.setattr(cpu.CpuPlan, "run", recorded_run)
+    monkeypatch.setattr(groups.GroupPlan, "write", recorded_write)
     return calls
 
 
@@ -587,7 +587,7 @@ def one_live_row(shape: Shape = (1024, 512), dtype: torch.dtype = torch.float32)
     """A large weight, alive in its first row only; and a zero gradient."""
     w = torch.zeros(shape, dtype=dtype)
     w[0] = 0.5
-    assert w.numel() > fused.SMALL
+    assert w.numel() > groups.SMALL
     return nn.Parameter(w), torch.zeros_like(w)
 
 
@@ -1037,7 +1037,7 @@ def test_readable_at_first(ran: list[Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["linbreg", "adabreg", "proxsgd"])
 def test_fused_once_it_pays(kind: str, ran: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "EARNED", 5 * 200)
+    monkeypatch.setattr(plans, "EARNED", 5 * 200)
     cls, options = OPTIMIZERS[kind]
     params = tensor_list((10, 18), (20,))
     optimizer = cls(params, regularizer=tb.L1(), lam=LAM, **options)
@@ -1051,7 +1051,7 @@ def test_fused_once_it_pays(kind: str, ran: list[Any], monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("way", [copy.deepcopy, through_disk], ids=["deepcopy", "disk"])
 def test_a_resumed_run_switches_at_the_same_step(way: Any, ran: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "EARNED", 5 * 200)
+    monkeypatch.setattr(plans, "EARNED", 5 * 200)
     params = tensor_list((10, 20))
     optimizer = tb.AdaBreg(params, regularizer=tb.L1(), lam=LAM)
     walk(optimizer, params, 3)
@@ -1070,7 +1070,7 @@ def test_a_resumed_run_switches_at_the_same_step(way: Any, ran: list[Any], monke
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": False}], ids=str)
 def test_who_decides_is_not_overruled(options: Any, ran: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "EARNED", 0)
+    monkeypatch.setattr(plans, "EARNED", 0)
     params = tensor_list((10, 20))
     walk(tb.LinBreg(params, regularizer=tb.L1(), lam=LAM, **options), params)
     assert not ran
@@ -1081,7 +1081,7 @@ def test_who_decides_is_not_overruled(options: Any, ran: list[Any], monkeypatch:
 
 def test_without_numba(ran: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "available", lambda: False)
-    monkeypatch.setattr(fused, "EARNED", 0)
+    monkeypatch.setattr(plans, "EARNED", 0)
     params = tensor_list((10, 20))
     optimizer = tb.LinBreg(params, regularizer=tb.L1(), lam=LAM)
     walk(optimizer, params)

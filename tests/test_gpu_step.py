@@ -11,7 +11,7 @@ import torch
 from cases import ENTRYWISE, FLOATS, RULES, pairwise
 
 import torch_bregman as tb
-from torch_bregman.optim import gpu
+from torch_bregman.optim.onepass import gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*more than half dense")  # a single number is dense or nothing
 
@@ -67,13 +67,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.delitem(sys.modules, "torch_bregman.kernels.gpu", raising=False)
     monkeypatch.setattr(gpu, "supports", gpu.without_gaps)
     ran: list[str] = []
-    original = gpu.Plan.run
+    original = gpu.GpuPlan.run
 
-    def run(plan: gpu.Plan, rule: str, *rest: Any, **more: Any) -> None:
+    def run(plan: gpu.GpuPlan, rule: str, *rest: Any, **more: Any) -> None:
         ran.append(rule)
         original(plan, rule, *rest, **more)
 
-    monkeypatch.setattr(gpu.Plan, "run", run)
+    monkeypatch.setattr(gpu.GpuPlan, "run", run)
     return ran
 
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from .choices import choose
 from .density import check_density
-from .distributed import Spread, is_sharded, local, sum_over_parts
+from .distributed import Spread, count_nonzero, is_sharded, local, sum_over_parts
 from .layers import weight_layers
-from .optim import BregmanOptimizer
-from .optim.base import check_number, count_nonzero, primal
-from .optim.fused import near_kth
-from .regularizers import NuclearNorm, turning_point
+from .optim import RegularizedOptimizer
+from .optim.base import primal
+from .optim.options import check_number
+from .optim.select import near_kth
+from .regularizers import turning_point
 
 WARM_UP = 200  # steps in which λ is looked for where none was given
 SETTLE_EVERY = 10  # steps between exact corrections at the end of a run
@@ -39,15 +40,17 @@ class Scope:
     def size(self) -> int:
         return sum(p.numel() for p in self.weights)
 
-    def density(self, optimizer: BregmanOptimizer) -> float:
+    def density(self, optimizer: RegularizedOptimizer) -> float:
         return sum(count_nonzero(self.weights)) / self.size
 
-    def check(self, optimizer: BregmanOptimizer) -> None:
+    def check(self, optimizer: RegularizedOptimizer) -> None:
         """ValueError where λ cannot reach the target."""
         moved = {id(p) for i in self.groups for p in optimizer.param_groups[i]["params"] if p.requires_grad}
         for i in self.groups:
-            if isinstance(optimizer.regularizers[i], NuclearNorm):
-                raise ValueError("NuclearNorm makes low rank and not zeros, so a density cannot be asked of it.")
+            if (reg := optimizer.regularizers[i]) is not None and not reg.countable:
+                raise ValueError(
+                    f"{type(reg).__name__} makes low rank and not zeros, so a density cannot be asked of it."
+                )
         share = sum(count_nonzero([p for p in self.weights if id(p) not in moved])) / self.size
         if share >= self.target:
             raise ValueError(
@@ -55,7 +58,7 @@ class Scope:
                 "regularised (or have λ = 0, or do not require gradients)."
             )
 
-    def follow(self, optimizer: BregmanOptimizer, target: float, damping: float) -> None:
+    def follow(self, optimizer: RegularizedOptimizer, target: float, damping: float) -> None:
         """One step of the feedback rule."""
         ratio = self.density(optimizer) / target
         side = 1 if ratio > 1 else -1
@@ -68,20 +71,20 @@ class Scope:
         exact = self.exact_factor(optimizer, target)
         return self.scale(optimizer, min(factor, exact) if side > 0 else max(factor, exact))
 
-    def land(self, optimizer: BregmanOptimizer, target: float) -> None:
+    def land(self, optimizer: RegularizedOptimizer, target: float) -> None:
         """Move λ to where the density is `target`, and let the weights follow at once."""
         if not optimizer.has_dual:
             return self.prune(optimizer, target)
         self.scale(optimizer, self.exact_factor(optimizer, target))
         return optimizer.refresh(self.groups)
 
-    def scale(self, optimizer: BregmanOptimizer, factor: float) -> None:
+    def scale(self, optimizer: RegularizedOptimizer, factor: float) -> None:
         for i in self.groups:
             group = optimizer.param_groups[i]
             # Where no λ was given yet all groups start from one and the same.
             group["lam"] = (group["lam"] if _any_positive(group["lam"]) else 1.0) * factor
 
-    def exact_factor(self, optimizer: BregmanOptimizer, target: float) -> float:
+    def exact_factor(self, optimizer: RegularizedOptimizer, target: float) -> float:
         """The factor on λ that leaves the target; groups keep the ratios of their λ."""
         counted, duals = {id(p) for p in self.weights}, {}
         for i in self.groups:
@@ -103,7 +106,7 @@ class Scope:
             lam, delta = optimizer.param_groups[i]["lam"], optimizer.param_groups[i]["delta"]
             unit = lam if _any_positive(lam) else 1.0
             for p in some:
-                _, reg = optimizer._part(p, optimizer.regularizers[i])
+                _, reg = optimizer.local(p, optimizer.regularizers[i])
                 assert reg is not None
                 v = local(optimizer.state[p]["dual"])
                 params.append(p)
@@ -114,13 +117,13 @@ class Scope:
             return _factor_by_trial(held, params, kept)
         return _threshold(thresholds, params, kept)
 
-    def prune(self, optimizer: BregmanOptimizer, target: float) -> None:
+    def prune(self, optimizer: RegularizedOptimizer, target: float) -> None:
         """Without a dual: zero the smallest weights, if there are too many."""
         values, params, parts = [], [], []
         for i in self.groups:
             for p in optimizer.param_groups[i]["params"]:
                 if any(p is weight for weight in self.weights):
-                    part, reg = optimizer._part(p, optimizer.regularizers[i])
+                    part, reg = optimizer.local(p, optimizer.regularizers[i])
                     assert reg is not None
                     params.append(p)
                     parts.append(part)
@@ -187,7 +190,7 @@ class TargetDensity:
 
     def __init__(
         self,
-        optimizer: BregmanOptimizer,
+        optimizer: RegularizedOptimizer,
         density: float | Sequence[float | None] = 0.05,
         mode: str = "feedback",
         total_steps: int | None = None,
@@ -199,7 +202,7 @@ class TargetDensity:
         ramp: int = 0,
         settle: float = 0.2,
     ) -> None:
-        if not isinstance(optimizer, BregmanOptimizer):
+        if not isinstance(optimizer, RegularizedOptimizer):
             kind = type(optimizer).__name__
             split = ", which leaves each rank a share of v: use fully_shard, or a fixed `lam`"
             hint = split if kind == "ZeroRedundancyOptimizer" else ""

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .distributed import whole
+from .distributed import count_nonzero, whole
 from .layers import weight_layers
-from .optim.base import count_nonzero
 from .regularizers import NuclearNorm
 
 

@@ -191,3 +191,15 @@ class Spread:
             here = -rest.min() if rest.numel() else values.new_tensor(-math.inf)
             found.append(-float(here if shards is None else shards.max(here)))
         return min(found)
+
+
+def count_nonzero(tensors: list[Tensor]) -> list[int]:
+    """The number of exact non-zeros of each tensor, counted where they live, fetched in one go.
+
+    DTensors count as a whole, on every rank.
+    """
+    if not tensors:
+        return []
+    device = tensors[0].device
+    counts = torch.stack([torch.count_nonzero(local(t)).to(device) for t in tensors])
+    return sum_over_parts(counts, tensors).tolist()

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from .density import check_density
 from .distributed import assign, is_sharded
 from .layers import LayerWeight, weight_layers
-from .optim.base import check_number
+from .optim.options import check_number
 from .regularizers import GROUPS, GroupL1, broadcasts, group_dims
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .network import kinds
-from .regularizers import L1, Regularizer
+from .regularizers import L1, Regularizer, check_regularizer
 
 
 class LayerWeight(NamedTuple):
@@ -145,8 +145,12 @@ def param_groups(
         else:
             chosen = regularizer if layer is not None else None
         if chosen is not None:
-            if not isinstance(chosen, Regularizer):
-                raise ValueError(f"Invalid `regularizer` for {name}: {chosen!r}; expected a tb.Regularizer or None.")
+            try:
+                check_regularizer(chosen)
+            except ValueError:
+                raise ValueError(
+                    f"Invalid `regularizer` for {name}: {chosen!r}; expected a tb.Regularizer or None."
+                ) from None
             try:
                 chosen.check(parameter.shape)
             except ValueError as error:

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .distributed import is_sharded
 from .network.graph import Graph, Untraceable
 from .optim import AdaBreg, BregmanOptimizer
-from .optim.base import check_number, primal
+from .optim.base import primal
+from .optim.options import check_number
 from .part import Part, beyond
 from .regularizers import Regularizer
 from .restriction import choice as choosing
@@ -245,7 +246,7 @@ class Multilevel:
                 for layer in self._layers:
                     layer.live = None
             self._parts = []
-            self.optimizer._forget()
+            self.optimizer.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the cycle, the support of a coarse phase, and what was measured."""
@@ -301,7 +302,7 @@ class Multilevel:
             for layer in layers:
                 layer.live = live
         self._let_wait()
-        self.optimizer._forget()
+        self.optimizer.forget()
         if self._whole is not None:
             self._whole.expected = state_dict["compact"]
         if not state_dict["restricted"]:
@@ -410,7 +411,7 @@ class Multilevel:
         for i, place, p, _ in candidates:
             layers = [layer for layer in self._layers_of(p) if layer in able]
             self._enter(i, place, self._live(p, where[p], near.get(p), layers))
-        self.optimizer._forget()
+        self.optimizer.forget()
         sparse = self._choose(chosen, able)
         for layer in sparse:
             self.choices[layer.name] = replace(chosen[layer], kind="sparse")
@@ -660,10 +661,7 @@ class Multilevel:
         for p, before, mask in self._before:
             dual = self.optimizer.state[p]["dual"]
             dual.copy_(torch.where(mask, dual, before + self.boost * (dual - before)))
-            i = next(i for i, group in enumerate(self.optimizer.param_groups) if any(p is q for q in group["params"]))
-            self.optimizer._write(
-                p, self.optimizer.state[p], self.optimizer.param_groups[i], self.optimizer.regularizers[i]
-            )
+            self.optimizer.write(p)
         self._before = []
 
     def _on_training(self) -> None:

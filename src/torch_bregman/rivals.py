@@ -30,8 +30,9 @@ from torch.optim import Optimizer
 
 from .choices import choose
 from .density import check_density
+from .distributed import count_nonzero
 from .layers import weight_layers
-from .optim.base import check_number, count_nonzero
+from .optim.options import check_number
 
 #: Where a new weight starts instead of at 0: no sum notices it, and counts of non-zeros are those of the masks.
 ALMOST_ZERO = 1e-20

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .optim.base import check_number
+from .optim.options import check_number
 from .regularizers import Regularizer
 
 

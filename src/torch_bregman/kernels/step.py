@@ -17,6 +17,41 @@ import numba
 import numpy as np
 from numba import carray
 
+from .columns import (
+    ADAM,
+    ADAMW,
+    ADDRESSES,
+    BETA1,
+    BETA2,
+    BOTH,
+    DECAY,
+    DELTA,
+    DELTA0,
+    DUAL,
+    EPS,
+    FIRST,
+    GRAD,
+    HIGH,
+    HIGH0,
+    HOLD,
+    LOW,
+    LOW0,
+    LR,
+    NESTEROV,
+    NUMBERS,
+    PACE,
+    PAPER,
+    PLAIN,
+    PRIMAL,
+    ROOT,
+    SECOND,
+    SGD,
+    SHRINK,
+    SIGN,
+    SIZE,
+    THETA,
+    V,
+)  # fmt: skip
 from .vector import (
     LINE_BYTES,
     claim,
@@ -39,18 +74,12 @@ CHUNKS = 1 << 13, 1 << 18  # entries that a thread takes at a time, at least and
 AHEAD = 32  # lines
 ROTATION = 64
 
-# What moves v. HOLD leaves it, so that only θ is written.
-HOLD, PLAIN, PAPER, SGD, NESTEROV, ADAM, ADAMW = range(7)
-# DUAL: v is moved and θ left to a prox that needs more than one entry. BOTH: θ = δ·(v − clamp(v, low, high)) as well.
-# PRIMAL: there is no v, θ moves and is thresholded (ProxSGD).
-DUAL, BOTH, PRIMAL = range(3)
-
-# One row per tensor: addresses and flags (int64), and numbers (float64).
-SIZE, THETA, GRAD, V, FIRST, SECOND, LIVE, LOOK, EDITED = range(9)
-LOW0, HIGH0, DELTA0, LOW, HIGH, DELTA, LR, BETA1, BETA2, EPS, ROOT, PACE, DECAY, SIGN, SHRINK = range(15)
-COLUMNS = SHRINK + 1
+# One row per tensor: addresses and flags (int64; columns.py has the first ones), and numbers (float64).
+LIVE, LOOK, EDITED = range(len(ADDRESSES), len(ADDRESSES) + 3)
+JOB = len(ADDRESSES) + 3
+COLUMNS = len(NUMBERS)
 # The head: the shared counter, then what all tensors have in common.
-COUNTER, CHUNK, COUNT, TENSORS, PHASE, JOBS, NUMBERS, STARTS = range(8)
+COUNTER, CHUNK, COUNT, TENSORS, PHASE, JOBS, TABLE, STARTS = range(8)
 
 _options = {"error_model": "numpy"}
 inlined = numba.njit(forceinline=True, **_options)
@@ -187,8 +216,8 @@ def step(name, rule, mode):
     def loop(data):
         head = carray(data, (8,), np.int64)
         tensors, size = head[TENSORS], head[CHUNK]
-        jobs = carray(pointer(head[JOBS]), (tensors, 9), np.int64)
-        numbers = carray(pointer(head[NUMBERS]), (tensors, COLUMNS), np.float64)
+        jobs = carray(pointer(head[JOBS]), (tensors, JOB), np.int64)
+        numbers = carray(pointer(head[TABLE]), (tensors, COLUMNS), np.float64)
         starts = carray(pointer(head[STARTS]), (tensors + 1,), np.int64)
         room, line = np.zeros(8 * lanes, dtype), np.zeros((5, lanes), dtype)
         spare = room[(-room.ctypes.data % LINE_BYTES) // width :]

@@ -4,5 +4,6 @@ from .adabreg import AdaBreg
 from .base import BregmanOptimizer
 from .linbreg import LinBreg
 from .proxsgd import ProxSGD
+from .regularized import RegularizedOptimizer
 
-__all__ = ["AdaBreg", "BregmanOptimizer", "LinBreg", "ProxSGD"]
+__all__ = ["AdaBreg", "BregmanOptimizer", "LinBreg", "ProxSGD", "RegularizedOptimizer"]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..regularizers import Regularizer
-from . import gpu
-from .base import BregmanOptimizer, as_float, check_number, decoupled_decay
-from .fused import Plan
+from .base import BregmanOptimizer
+from .onepass.rule import Rule
+from .options import as_float, check_number, decoupled_decay
 
 
 class AdaBreg(BregmanOptimizer):
@@ -91,23 +91,14 @@ class AdaBreg(BregmanOptimizer):
         torch._foreach_add_(root, eps)
         torch._foreach_addcdiv_(duals, first, root, [-(lr / (1 - beta1**k)) for k in steps])
 
-    def _count(self, state: dict[str, Any]) -> None:
-        count_up([state])
-        for name in ("exp_avg", "exp_avg_sq"):
-            state.setdefault(name, torch.zeros_like(state["dual"]))
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        lr, (beta1, beta2), decoupled = as_float(group["lr"]), group["betas"], decoupled_decay(group)
 
-    def _arm(self, plan: Plan | gpu.Plan, group: dict[str, Any]) -> str:
-        lr, (beta1, beta2) = as_float(group["lr"]), group["betas"]
-        plan.point("FIRST", plan.buffer("exp_avg"))
-        plan.point("SECOND", plan.buffer("exp_avg_sq"))
-        steps = plan.count_up()
-        plan.set(BETA1=beta1, BETA2=beta2, EPS=group["eps"])
-        corrections = {k: ((1 - beta2**k) ** 0.5, -(lr / (1 - beta1**k))) for k in set(steps)}
-        root, pace = zip(*[corrections[k] for k in steps], strict=True)
-        plan.set(ROOT=root, PACE=pace)
-        decoupled = decoupled_decay(group)
-        plan.set(SHRINK=decoupled)
-        return "ADAMW" if decoupled else "ADAM"
+        def corrections(k: float) -> dict[str, float]:
+            return {"ROOT": (1 - beta2**k) ** 0.5, "PACE": -(lr / (1 - beta1**k))}
+
+        numbers = {"BETA1": beta1, "BETA2": beta2, "EPS": group["eps"], "SHRINK": decoupled}
+        return Rule("ADAMW" if decoupled else "ADAM", ("exp_avg", "exp_avg_sq"), numbers, corrections)
 
 
 def count_up(states: list[dict[str, Any]]) -> list[float]:

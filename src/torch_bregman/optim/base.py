@@ -1,357 +1,63 @@
-"""What the Bregman optimizers share: checks, the dual state, and keeping θ and v together."""
+"""The dual part of the Bregman optimizers: v, and keeping θ and v together."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
 
-from .. import kernels
-from ..distributed import PLAIN, Shards, is_sharded, local, sum_over_parts
-from ..regularizers import Grouped, NuclearNorm, Regularizer, broadcasts
-from . import fused, gpu
-from .fused import dual_dtype
-
-_NO_PENALTY = "none"
+from ..distributed import Shards, is_sharded
+from ..regularizers import Regularizer
+from .onepass.plan import Plan
+from .onepass.prox import intervals, same
+from .onepass.rule import HOLD
+from .options import COMMON, coupled_decay, decoupled_decay, dual_dtype
+from .regularized import RegularizedOptimizer
 
 
-def check_number(name: str, value: Any, low: float = 0.0, *, strict: bool = False, high: float = math.inf) -> None:
-    """ValueError unless `value` is a finite number (or a tensor of such) in [low, high), or (low, high) if strict."""
-    numbers = value.detach() if isinstance(value, Tensor) else torch.as_tensor(_number(name, value), dtype=torch.double)
-    inside = numbers.isfinite() & ((numbers > low) if strict else (numbers >= low)) & (numbers < high)
-    if not bool(inside.all()):
-        bounds = f"{'>' if strict else '>='} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
-        raise ValueError(f"Invalid `{name}`: {value!r}; expected a finite number {bounds}.")
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, str):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"Invalid `{name}`: {value!r}; expected a number.") from None
-
-
-class BregmanOptimizer(Optimizer):
-    """Base of LinBreg and AdaBreg: mirror descent on v ∈ ∂J_δ(θ), with θ = prox_{δJ}(δv) written after every step.
+class BregmanOptimizer(RegularizedOptimizer):
+    """Mirror descent on v ∈ ∂J_δ(θ), with θ = prox_{δJ}(δv) written after every step.
 
     The weights θ are the sparse iterate at all times, and they have the last word: where they were changed from outside
     since the last step (a loaded checkpoint, an EMA swap, a clamp), v follows them, and what v remembers about weights
     that are zero stays.
 
+    A method of your own is a subclass with `_descend`. It is made with `Method(params, lr=…, regularizer=…, lam=…)`, or
+    has an `__init__` that passes its options as `defaults`. With a `_rule` it has the one-pass step as well.
+
     State per parameter: `dual` (v, float32 or better) and what the subclass adds; `lam` and `delta` are those that θ
-    was last written with. Regularisers are objects and live beside `param_groups`, which holds plain values only. The
-    state of a DTensor (`fully_shard`, tensor parallelism) is cut as it is; the steps are those of a single process.
+    was last written with.
+
+    Args:
+        params: parameters or groups.
+        defaults: options of a group with their defaults, `lr` among them.
+        regularizer: J of the groups that bring none.
+        options: without `defaults`: lr, lam, delta, weight_decay, maximize, foreach, fused, as for `LinBreg`.
+
+    Raises:
+        TypeError: an option that is not known.
+        ValueError: an option out of range, or a regulariser that does not fit a parameter's shape.
     """
 
-    #: Do weights come from v (LinBreg, AdaBreg), or is θ all there is (ProxSGD)?
     has_dual = True
 
-    regularizers: list[Regularizer | None]
-
-    def __init__(self, params: Any, defaults: dict[str, Any], regularizer: Regularizer | None) -> None:
-        check_regularizer(regularizer)
-        self._default_regularizer = regularizer
-        self.regularizers = []
-        self.levels: Any = None  # a tb.Multilevel, which exchanges weights by their live parts and back
-        self.controls: list[Any] = []  # what moves λ: tb.TargetDensity
-        self._forget()
-        super().__init__(params, {"regularizer": _name(regularizer), **defaults, "entries_updated": 0})
-
-    # ------------------------------------------------------------------ groups and their options
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """ValueError if an option of the group is out of range; subclasses add theirs."""
-        check_number("lr", group["lr"])
-        check_number("lam", group["lam"])
-        check_number("delta", group["delta"], strict=True)
-        check_number("weight_decay", group["weight_decay"])
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError(f"Invalid `lr`: a tensor of shape {tuple(group['lr'].shape)}; expected one element.")
-        if group["fused"] and group["foreach"]:
-            raise ValueError("Invalid `fused`: True; `fused` and `foreach` cannot be True together.")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; it may carry its own `regularizer` object, `lam`, `delta` and other options."""
-        param_group = dict(param_group)
-        given = param_group.get("regularizer", self._default_regularizer)
-        if isinstance(given, str):  # a group of another optimizer, already reduced to plain values
-            raise ValueError(f"Invalid `regularizer`: {given!r}; expected an object such as tb.L1(), or None.")
-        check_regularizer(given)
-        param_group["regularizer"] = _name(given)
-        for name, default in self.defaults.items():
-            param_group.setdefault(name, default)
-        self._check_group(param_group)
-        super().add_param_group(param_group)
-        try:
-            for p in self.param_groups[-1]["params"]:
-                if param_group["fused"] and p.device.type == "cpu":
-                    kernels.require("`fused=True` on the CPU")
-                if param_group["fused"] and p.device.type == "cuda" and not gpu.available():
-                    raise ImportError("`fused=True` on a GPU needs Triton: pip install triton.")
-                if getattr(p, "_is_flat_param", False) and isinstance(given, Grouped | NuclearNorm):
-                    raise ValueError(
-                        f"Invalid `params`: FullyShardedDataParallel flattens weights, but {given!r} needs their "
-                        "shape; use torch.distributed.fsdp.fully_shard."
-                    )
-                if given is not None:
-                    given.check(p.shape)
-                if param_group["fused"] and is_sharded(p):
-                    raise ValueError("Invalid `fused`: True; DTensors take the plain step, so leave it None.")
-                for name in ("lam", "delta"):
-                    value = param_group[name]
-                    if isinstance(value, Tensor) and value.numel() != 1 and is_sharded(p):
-                        raise ValueError(
-                            f"Invalid `{name}`: a tensor of shape {tuple(value.shape)}; expected one number for a "
-                            "DTensor. Groups of parameters may have different ones."
-                        )
-                    if isinstance(value, Tensor) and not broadcasts(value.shape, p.shape):
-                        raise ValueError(
-                            f"Invalid `{name}`: a tensor of shape {tuple(value.shape)}; expected one that broadcasts "
-                            f"against a parameter of shape {tuple(p.shape)}."
-                        )
-        except (ValueError, ImportError):
-            del self.param_groups[-1]
-            raise
-        self.regularizers.append(given)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.levels is not None:
-            self.levels.leave()
-        return {
-            **super().__getstate__(),
-            "regularizers": self.regularizers,
-            "_default_regularizer": self._default_regularizer,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for name, value in (("levels", None), ("controls", [])):
-            self.__dict__.setdefault(name, value)  # a copy has none
-        self._forget()
-        self.defaults.pop("differentiable", None)  # torch puts it there; no option of ours
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-
-    def _forget(self) -> None:
-        """Parameters or their state may have been exchanged."""
-        self._plans: dict[int, Any] = {}  # what the fused step knows about each group
-        self._gpu_plans: dict[int, Any] = {}
-        self._on_shards: dict[Tensor, Regularizer | None] = {}  # J on this rank's part of each DTensor
-        self._known: list[int] = []
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict()`. The state keeps the precision it was saved with.
-
-        Raises ValueError where the groups were saved with another regulariser.
-        """
-        ours = [_name(regularizer) for regularizer in self.regularizers]
-        for i, (mine, group) in enumerate(zip(ours, state_dict["param_groups"], strict=False)):
-            other = group.get("regularizer", mine)
-            if other != mine:
-                raise ValueError(f"`state_dict` was saved with regularizer {other} in group {i}; here it is {mine}.")
-        final: dict[str, Any] = {}  # what the user's own hooks make of it
-
-        def restore(_: Any) -> None:
-            # torch casts state to the parameter's dtype; a bfloat16 v would lose the support.
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            keys = [key for group in final["param_groups"] for key in group["params"]]
-            for key, p in zip(keys, parameters, strict=True):
-                for name, value in final["state"].get(key, {}).items():
-                    if isinstance(value, Tensor) and value.is_floating_point():
-                        where = value.device if name == "step" else p.device
-                        if is_sharded(p) and not is_sharded(value) and name not in PLAIN:  # saved by one process
-                            value = Shards.of(p).wrap(Shards.of(p).part(value))
-                        self.state[p][name] = value.to(device=where, copy=True)
-
-        before = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    # ------------------------------------------------------------------ the step
-
-    @_disable_dynamo  # it would fall into a graph for each line; what is worth compiling compiles itself
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure` re-evaluates the loss and returns it. Parameters without a gradient are left alone."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        if self._who(active) != self._known:
-            self._start()
-            self._plans, self._gpu_plans = {}, {}
-            self._known = self._who(active)
-        for i, (group, regularizer) in enumerate(zip(self.param_groups, self.regularizers, strict=True)):
-            params = active[i]
-            if self._wants_fused(group, params) and self._fused(i, params, group, regularizer):
-                continue
-            grads = [self._gradient(p, group) for p in params]
-            foreach = group["foreach"]
-            if foreach is None:
-                foreach = bool(params) and all(p.is_cuda for p in params)
-            # One mathematics for both: a list of all tensors, or lists of one.
-            for at in [slice(None)] if foreach else [slice(i, i + 1) for i in range(len(params))]:
-                if params[at]:
-                    self._update(params[at], grads[at], group, regularizer)
-        return loss
-
-    def _who(self, active: list[list[Tensor]]) -> list[int]:
-        """Tells whether parameters or their state have been exchanged since the last step."""
-        return [id(x) for x in (*itertools.chain(*active), *self.state.values())]
-
-    def _wants_fused(self, group: dict[str, Any], params: list[Tensor]) -> bool:
-        """What was asked for, or else one pass: on the CPU once the work done would have paid for compiling it.
-
-        The count is part of `param_groups`, so that a resumed run switches at the same step.
-        """
-        if group["fused"] is not None or group["foreach"] is not None:
-            return bool(group["fused"])
-        if not params or torch.compiler.is_compiling():
-            return False
-        if params[0].device.type == "cuda":
-            return gpu.available()
-        if params[0].device.type != "cpu" or not kernels.available():
-            return False
-        if group["entries_updated"] >= fused.EARNED or (self.levels is not None and self.levels.sparse):
-            return True
-        group["entries_updated"] += sum(p.numel() for p in params)
-        return False
-
-    def _fused(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
-        """One pass over memory for `params` of group i. False, and nothing done, where there is none for them."""
-        on_gpu = gpu.plan(self, i, params) if params and gpu.supports(params[0]) else None
-        if on_gpu is not None:
-            if not self._elementwise(on_gpu, group, reg):
-                return False
-            grads = on_gpu.gradients(self._check_gradient)
-            on_gpu.run(self._arm(on_gpu, group), not self.has_dual, grads)
-            self._remember_all(on_gpu.states, group)
-            return True
-        plans = fused.plans(self, i, params)
-        if plans is None:
-            return False
-        for p in params:
-            if not p.numel():
-                self._count(self.state[p])
-        gradients = [plan.gradients(self._check_gradient) for plan in plans]  # held until the pass is through
-        for plan, grads in zip(plans, gradients, strict=True):
-            plan.point("GRAD", grads)
-            self._pass(plan, self._arm(plan, group), group, reg)
-        return True
-
-    def _elementwise(self, plan: fused.Plan | gpu.Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
-        """Give the plan v and the prox as numbers. False where the prox needs more than one entry at a time."""
-        plan.set(DECAY=coupled_decay(group), SIGN=-1.0 if group["maximize"] else 1.0)
-        plan.point("V", plan.buffer("dual"))
-        lam, delta = [state["lam"] for state in plan.states], [state["delta"] for state in plan.states]
-        asked = (group["lam"], group["delta"], lam, delta)
-        if plan.asked is not None and fused.same(asked, plan.asked):
-            return True  # as in the last step: the numbers are in place
-        now, before = fused.intervals(reg, [group["lam"]], [group["delta"]]), fused.intervals(reg, lam, delta)
-        plan.asked = asked if now is not None and before is not None else None
-        if now is None or before is None:
-            return False
-        (low0, high0, delta0), (low, high, delta) = before, now
-        plan.set(LOW0=low0, HIGH0=high0, DELTA0=delta0, LOW=low, HIGH=high, DELTA=delta)
-        return True
-
-    def _remember_all(self, states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-        lam, delta = group["lam"], group["delta"]
-        if type(lam) is not float or any(state.get("lam") != lam or state.get("delta") != delta for state in states):
-            for state in states:
-                self._remember(state, group)
-
-    def _arm(self, plan: fused.Plan | gpu.Plan, group: dict[str, Any]) -> str:
-        """Give the plan the numbers and buffers of this step; the name of the rule that moves v."""
-        raise NotImplementedError
-
-    def _count(self, state: dict[str, Any]) -> None:
-        """A step of a parameter without entries, which no pass sees: a weight of which nothing lives."""
-
-    def _pass(self, plan: fused.Plan, rule: str, group: dict[str, Any], reg: Regularizer | None) -> None:
-        """Move v by `rule` and write θ; with "HOLD" only θ is written."""
-        if self._elementwise(plan, group, reg):
-            plan.run(rule, "BOTH")
-            self._remember_all(plan.states, group)
-            return
-        edited = set()
-        for p, state in zip(plan.params, plan.states, strict=True):
-            own = plan.grouped(p, reg, group, state)
-            if own is None or own.edited(state["dual"], float(state["lam"]), float(state["delta"])):
-                self._follow(p, state, group, reg)
-                edited.add(p)
-        if rule != "HOLD":
-            plan.run(rule, "DUAL")
-        for p, state in zip(plan.params, plan.states, strict=True):
-            own = plan.grouped(p, reg, group, state)
-            if own is None:
-                if rule == "HOLD" or not self._waits(state, reg):
-                    self._write(p, state, group, reg)
-            else:
-                own.write(state["dual"], float(group["lam"]), float(group["delta"]), p in edited)
-                self._remember(state, group)
-
-    def _update(
-        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
+    def __init__(
+        self,
+        params: Any,
+        defaults: Mapping[str, Any] | None = None,
+        regularizer: Regularizer | None = None,
+        **options: Any,
     ) -> None:
-        own = [self._own(p, reg) for p in params]
-        states = [state for _, state, _ in own]
-        for part, state, on_part in own:
-            self._follow(part, state, group, on_part)
-        duals, decoupled = [state["dual"] for state in states], decoupled_decay(group)
-        if decoupled != 0:  # of v, because θ itself is written anew
-            weights = [part.to(dual.dtype) for (part, _, _), dual in zip(own, duals, strict=True)]
-            torch._foreach_sub_(duals, torch._foreach_mul(weights, decoupled))
-        self._descend(duals, grads, states, group)
-        for part, state, on_part in own:
-            if not self._waits(state, on_part):
-                self._write(part, state, group, on_part)
-        self._keep(params, states)
-
-    def _own(self, p: Tensor, reg: Regularizer | None) -> tuple[Tensor, dict[str, Any], Regularizer | None]:
-        """What this rank holds of `p`: its part, with its state and J on it. `_keep` afterwards what became of them."""
-        state = self.state[p]
-        if is_sharded(p):
-            state = {k: local(x) if isinstance(x, Tensor) else x for k, x in state.items()}
-        part, on_part = self._part(p, reg)
-        return part, state, on_part
-
-    def _part(self, p: Tensor, reg: Regularizer | None) -> tuple[Tensor, Regularizer | None]:
-        """The part of `p` that this rank holds, and J on it."""
-        if not is_sharded(p):
-            return p, reg
-        if p not in self._on_shards:
-            self._on_shards[p] = None if reg is None else reg.on_shards(Shards.of(p))
-        return local(p), self._on_shards[p]
-
-    def _keep(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
-        """Take over the states of parts, where what is shaped like the weight is kept as a DTensor like it."""
-        for p, state in zip(params, states, strict=True):
-            if is_sharded(p):
-                held = self.state[p]
-                for name, x in state.items():
-                    if name in PLAIN:
-                        held[name] = x
-                    elif name not in held or local(held[name]) is not x:
-                        held[name] = Shards.of(p).wrap(x)
+        own = COMMON if defaults is None else {**COMMON, **defaults}
+        if unknown := options.keys() - own.keys():
+            raise TypeError(f"Invalid option `{min(unknown)}`; expected one of {', '.join(own)}.")
+        super().__init__(params, {**(own if defaults is None else defaults), **options}, regularizer)
 
     def _descend(
         self, duals: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
@@ -359,30 +65,60 @@ class BregmanOptimizer(Optimizer):
         """Move every v along its gradient, in place: the equation of the method."""
         raise NotImplementedError
 
-    def _check_gradient(self, p: Tensor) -> Tensor:
-        grad = p.grad
-        assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients; use a layer with sparse=False."
-            )
-        if grad.is_complex():
-            raise RuntimeError(
-                f"{type(self).__name__} does not support complex gradients; pass real and imaginary parts."
-            )
-        return grad
+    # ------------------------------------------------------------------ the step
 
-    def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        grad = self._check_gradient(p)
-        if is_sharded(p):  # tensor parallelism may leave sums to be taken
-            grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
-        grad = local(grad).to(dual_dtype(p))
-        if group["maximize"]:
-            grad = -grad
-        coupled = coupled_decay(group)
-        if coupled != 0:
-            grad = grad.add(local(p), alpha=coupled)  # after the prox it would be overwritten
-        return grad
+    def _update(
+        self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
+    ) -> None:
+        parts, states = [self.local(p, reg) for p in params], [self._local_state(p) for p in params]
+        for (part, on_part), state in zip(parts, states, strict=True):
+            self._follow(part, state, group, on_part)
+        duals, decoupled = [state["dual"] for state in states], decoupled_decay(group)
+        if decoupled != 0:  # of v, because θ itself is written anew
+            weights = [part.to(dual.dtype) for (part, _), dual in zip(parts, duals, strict=True)]
+            torch._foreach_sub_(duals, torch._foreach_mul(weights, decoupled))
+        self._descend(duals, grads, states, group)
+        for (part, on_part), state in zip(parts, states, strict=True):
+            if not _waits(state, on_part):
+                self._write(part, state, group, on_part)
+        self._store(params, states)
+
+    def _set_prox(self, plan: Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
+        plan.set(DECAY=coupled_decay(group), SIGN=-1.0 if group["maximize"] else 1.0)
+        plan.point("V", plan.buffer("dual"))
+        lam, delta = [state["lam"] for state in plan.states], [state["delta"] for state in plan.states]
+        asked = (group["lam"], group["delta"], lam, delta)
+        if plan.asked is not None and same(asked, plan.asked):
+            return True  # as in the last step: the numbers are in place
+        now, before = intervals(reg, [group["lam"]], [group["delta"]]), intervals(reg, lam, delta)
+        plan.asked = asked if now is not None and before is not None else None
+        if now is None or before is None:
+            return False
+        (low0, high0, delta0), (low, high, delta) = before, now
+        plan.set(LOW0=low0, HIGH0=high0, DELTA0=delta0, LOW=low, HIGH=high, DELTA=delta)
+        return True
+
+    def _pass(self, plan: Plan, rule: str, prox: bool, group: dict[str, Any], reg: Regularizer | None) -> None:
+        if prox:
+            plan.run(rule, "BOTH")
+            _remember_all(plan.states, group)
+            return
+        edited = set()
+        for p, state in zip(plan.params, plan.states, strict=True):
+            own = plan.group_prox(p, reg, group, state)
+            if own is None or own.edited(state["dual"], float(state["lam"]), float(state["delta"])):
+                self._follow(p, state, group, reg)
+                edited.add(p)
+        if rule != HOLD.name:
+            plan.run(rule, "DUAL")
+        for p, state in zip(plan.params, plan.states, strict=True):
+            own = plan.group_prox(p, reg, group, state)
+            if own is None:
+                if rule == HOLD.name or not _waits(state, reg):
+                    self._write(p, state, group, reg)
+            else:
+                own.write(state["dual"], float(group["lam"]), float(group["delta"]), p in edited)
+                _remember(state, group)
 
     def _start(self) -> None:
         """Create the missing state, v = θ/δ + p with p ∈ ∂J(θ), and warn once about tensors that start dense."""
@@ -395,7 +131,7 @@ class BregmanOptimizer(Optimizer):
                     raise RuntimeError(f"{type(self).__name__} does not support complex parameters.")
                 if self.state[p]:
                     raise ValueError("The loaded `state_dict` has no `dual`: it was not saved by a Bregman optimizer.")
-                part, state, on_part = self._own(p, reg)
+                (part, on_part), state = self.local(p, reg), self._local_state(p)
                 weight = part.detach().to(dual_dtype(p))
                 dual = weight / group["delta"]
                 if on_part is not None:
@@ -403,39 +139,25 @@ class BregmanOptimizer(Optimizer):
                     if p.numel() and not p.is_meta:
                         fresh.append((tuple(p.shape), _share_alive(p, on_part, weight)))
                 state["dual"] = torch.empty_like(part, dtype=dual_dtype(p)).copy_(dual)
-                self._remember(state, group)
+                _remember(state, group)
                 if on_part is not None and on_part.costly and not p.is_meta:
                     state.update(written=checksum(part, on_part), waiting=0)
-                self._keep([p], [state])
+                self._store([p], [state])
         if fresh:
             _warn_if_dense(fresh)
-
-    @staticmethod
-    def _remember(state: dict[str, Any], group: dict[str, Any]) -> None:
-        for name in ("lam", "delta"):
-            value = group[name]
-            state[name] = value.clone() if isinstance(value, Tensor) else float(value)
 
     def _write(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], reg: Regularizer | None) -> None:
         """θ ← prox_{δJ}(δv), in place."""
         p.copy_(primal(state["dual"], reg, group["lam"], group["delta"]))
-        self._remember(state, group)
+        _remember(state, group)
         if reg is not None and reg.costly:
             state["written"], state["waiting"] = checksum(p, reg), 0
-
-    def _waits(self, state: dict[str, Any], reg: Regularizer | None) -> bool:
-        """Whether this step leaves θ, because its prox is taken at every `prox_every`-th step only."""
-        if reg is None or reg.prox_every == 1:
-            return False
-        state["waiting"] = (state.get("waiting", 0) + 1) % reg.prox_every
-        return state["waiting"] != 0
 
     def _follow(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], reg: Regularizer | None) -> None:
         """Where θ is not what the last step wrote, give v the value that belongs to it."""
         if p.is_meta:
             return
-        if "written" in state:
-            assert reg is not None
+        if "written" in state and reg is not None:
             now = checksum(p, reg)
             if bool(now == state["written"]):
                 return
@@ -447,7 +169,7 @@ class BregmanOptimizer(Optimizer):
             if p.device.type == "cpu" and not _anywhere(not torch.equal(expected, p), reg):
                 return  # elsewhere looking would wait for the device, so the same arithmetic runs masked
             changed = expected != p
-            if isinstance(reg, Grouped):  # a norm may have been added up in another order
+            if reg is not None and reg.sums:  # a norm may have been added up in another order
                 rounding = 64 * torch.finfo(state["dual"].dtype).eps * state["delta"] * state["dual"].abs()
                 changed &= ~((expected - p).abs() <= rounding)
                 if p.device.type == "cpu" and not _anywhere(bool(changed.any()), reg):
@@ -471,7 +193,7 @@ class BregmanOptimizer(Optimizer):
         p = (1 - 4 * eps * (weight == 0).to(dual.dtype)) * reg.nearest_subgradient(weight, near)
         dual.copy_(torch.where(reg.coupled(changed), weight / delta + lam * p, dual))
 
-    # ------------------------------------------------------------------ for those who change λ between steps
+    # ------------------------------------------------------------------ for those who work on the weights between steps
 
     @torch.no_grad()
     def refresh(self, groups: Iterable[int] | None = None) -> None:
@@ -482,36 +204,37 @@ class BregmanOptimizer(Optimizer):
         for i in range(len(self.param_groups)) if groups is None else groups:
             group, reg = self.param_groups[i], self.regularizers[i]
             params = [p for p in group["params"] if "dual" in self.state.get(p, {})]
-            known = self._plans.get(i)
-            plans = fused.plans(self, i, params) if known and known[1] and len(known[0]) == len(params) else None
-            on_gpu = gpu.plan(self, i, params) if i in self._gpu_plans else None
-            if on_gpu is not None and self._elementwise(on_gpu, group, reg):
-                on_gpu.run("HOLD", primal=False)
-                self._remember_all(on_gpu.states, group)
-                continue
-            if plans is not None:
-                for plan in plans:
-                    self._pass(plan, "HOLD", group, reg)
+            plans = self.plans.of(i, params, self.state) if self.plans.ready(i, params) else None
+            known = [self._set_prox(plan, group, reg) for plan in plans or ()]
+            if plans and all(prox or plan.moves_dual_alone for plan, prox in zip(plans, known, strict=True)):
+                for plan, prox in zip(plans, known, strict=True):
+                    self._pass(plan, HOLD.name, prox, group, reg)
                 continue
             for p in params:
-                part, state, on_part = self._own(p, reg)
-                self._follow(part, state, group, on_part)
-                self._write(part, state, group, on_part)
-                self._keep([p], [state])
+                self._on(p, group, reg, self._follow, self._write)
 
+    @torch.no_grad()
+    def follow(self, p: Tensor) -> None:
+        """Let v follow the θ of one parameter, where it was changed."""
+        self._on(p, *self._group_of(p), self._follow)
 
-def as_float(lr: float | Tensor) -> float:
-    return lr.item() if isinstance(lr, Tensor) else lr
+    @torch.no_grad()
+    def write(self, p: Tensor) -> None:
+        """θ ← prox_{δJ}(δv) for one parameter, whose v was changed."""
+        self._on(p, *self._group_of(p), self._write)
 
+    def _on(self, p: Tensor, group: dict[str, Any], reg: Regularizer | None, *actions: Callable[..., None]) -> None:
+        """Do something with what this rank holds of a parameter."""
+        (part, on_part), state = self.local(p, reg), self._local_state(p)
+        for action in actions:
+            action(part, state, group, on_part)
+        self._store([p], [state])
 
-def coupled_decay(group: dict[str, Any]) -> float:
-    """ω: what a weight adds to its gradient, as a share of the weight."""
-    return 0.0 if group.get("decoupled_weight_decay") else group["weight_decay"]
-
-
-def decoupled_decay(group: dict[str, Any]) -> float:
-    """τω: what a weight takes off its v, as a share of the weight."""
-    return as_float(group["lr"]) * group["weight_decay"] if group.get("decoupled_weight_decay") else 0.0
+    def _group_of(self, p: Tensor) -> tuple[dict[str, Any], Regularizer | None]:
+        for group, reg in zip(self.param_groups, self.regularizers, strict=True):
+            if any(p is q for q in group["params"]):
+                return group, reg
+        raise ValueError(f"The optimizer holds no such parameter, of shape {tuple(p.shape)}.")
 
 
 def primal(dual: Tensor, reg: Regularizer | None, lam: float | Tensor, delta: float | Tensor) -> Tensor:
@@ -534,34 +257,32 @@ def _anywhere(here: bool, reg: Regularizer | None) -> bool:
     return here if reg is None or reg.shards is None else bool(reg.shards.sum(torch.tensor(int(here))))
 
 
+def _remember(state: dict[str, Any], group: dict[str, Any]) -> None:
+    """The λ and δ that θ is written with."""
+    for name in ("lam", "delta"):
+        value = group[name]
+        state[name] = value.clone() if isinstance(value, Tensor) else float(value)
+
+
+def _remember_all(states: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    lam, delta = group["lam"], group["delta"]
+    if type(lam) is not float or any(state.get("lam") != lam or state.get("delta") != delta for state in states):
+        for state in states:
+            _remember(state, group)
+
+
+def _waits(state: dict[str, Any], reg: Regularizer | None) -> bool:
+    """Whether this step leaves θ, because its prox is taken at every `prox_every`-th step only."""
+    if reg is None or reg.prox_every == 1:
+        return False
+    state["waiting"] = (state.get("waiting", 0) + 1) % reg.prox_every
+    return state["waiting"] != 0
+
+
 def _share_alive(p: Tensor, reg: Regularizer, weight: Tensor) -> Tensor:
     """The share of `p` that is alive, from the parts of all ranks; `reg` and `weight` are those of this one."""
     share = reg.alive(weight)
     return Shards.of(p).sum(share * weight.numel() / p.numel()) if is_sharded(p) else share
-
-
-def check_regularizer(regularizer: Any) -> None:
-    """ValueError unless it is None or has the methods of a regulariser."""
-    if isinstance(regularizer, type):
-        raise ValueError(f"Invalid `regularizer`: the class {regularizer.__name__}; expected an object, add ().")
-    if regularizer is not None and not isinstance(regularizer, Regularizer):
-        raise ValueError(f"Invalid `regularizer`: {regularizer!r}; expected a tb.Regularizer such as tb.L1(), or None.")
-
-
-def count_nonzero(tensors: list[Tensor]) -> list[int]:
-    """The number of exact non-zeros of each tensor, counted where they live, fetched in one go.
-
-    DTensors count as a whole, on every rank.
-    """
-    if not tensors:
-        return []
-    device = tensors[0].device
-    counts = torch.stack([torch.count_nonzero(local(t)).to(device) for t in tensors])
-    return sum_over_parts(counts, tensors).tolist()
-
-
-def _name(regularizer: Regularizer | None) -> str:
-    return _NO_PENALTY if regularizer is None else repr(regularizer)
 
 
 def _levels_inside() -> int:

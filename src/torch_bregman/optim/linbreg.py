@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..regularizers import Regularizer
-from . import gpu
-from .base import BregmanOptimizer, as_float, check_number
-from .fused import Plan
+from .base import BregmanOptimizer
+from .onepass.rule import Rule
+from .options import as_float, check_number
 
 
 class LinBreg(BregmanOptimizer):
@@ -92,19 +92,18 @@ class LinBreg(BregmanOptimizer):
         else:
             torch._foreach_add_(duals, sgd_direction(grads, states, group), alpha=-lr)
 
-    def _arm(self, plan: Plan | gpu.Plan, group: dict[str, Any]) -> str:
-        return arm(plan, group)
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return momentum_rule(group)
 
 
-def arm(plan: Plan | gpu.Plan, group: dict[str, Any]) -> str:
-    """Numbers, buffer and name of the momentum rule, for the fused step."""
-    plan.set(LR=as_float(group["lr"]), BETA1=group["momentum"])
+def momentum_rule(group: dict[str, Any]) -> Rule:
+    """The rule of the one-pass step for gradient descent with or without momentum."""
+    numbers = {"LR": as_float(group["lr"]), "BETA1": group["momentum"]}
     if group["momentum"] == 0:
-        return "PLAIN"
-    plan.point("FIRST", plan.buffer("momentum"))
+        return Rule("PLAIN", numbers=numbers)
     if group.get("momentum_rule", "sgd") == "paper":
-        return "PAPER"
-    return "NESTEROV" if group["nesterov"] else "SGD"
+        return Rule("PAPER", ("momentum",), numbers)
+    return Rule("NESTEROV" if group["nesterov"] else "SGD", ("momentum",), numbers)
 
 
 def sgd_direction(grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:

@@ -1,19 +1,20 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..regularizers import Regularizer
-from . import gpu
-from .base import BregmanOptimizer, as_float
-from .fused import Plan, intervals
-from .linbreg import arm, check_momentum, sgd_direction
+from .linbreg import check_momentum, momentum_rule, sgd_direction
+from .onepass.plan import Plan
+from .onepass.prox import intervals
+from .onepass.rule import Rule
+from .options import as_float
+from .regularized import RegularizedOptimizer
 
 
-class ProxSGD(BregmanOptimizer):
+class ProxSGD(RegularizedOptimizer):
     r"""Proximal gradient descent, the baseline: θ ← prox_{τJ}(θ − τ d), with d the direction of torch.optim.SGD.
 
     Unlike LinBreg it keeps no dual: a weight at zero forgets its gradients, and every live weight is shrunk by τλ in
@@ -23,8 +24,6 @@ class ProxSGD(BregmanOptimizer):
         params, lr, regularizer, lam, weight_decay, maximize, foreach, fused: as for `LinBreg`.
         momentum, nesterov: as for `torch.optim.SGD`.
     """
-
-    has_dual = False
 
     def __init__(
         self,
@@ -50,45 +49,28 @@ class ProxSGD(BregmanOptimizer):
         super()._check_group(group)
         check_momentum(group)
 
-    def _start(self) -> None:
-        """θ is the whole state, so there is nothing to create and a dense start does no harm."""
-
     def _update(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
     ) -> None:
         lr = as_float(group["lr"])
         if group["momentum"] != 0:
-            states = [self._own(p, reg)[1] for p in params]
+            states = [self._local_state(p) for p in params]
             grads = sgd_direction(grads, states, group)
-            self._keep(params, states)
-        parts = [self._part(p, reg) for p in params]
+            self._store(params, states)
+        parts = [self.local(p, reg) for p in params]
         weights = torch._foreach_add([p.to(g.dtype) for (p, _), g in zip(parts, grads, strict=True)], grads, alpha=-lr)
         for (p, on_p), weight in zip(parts, weights, strict=True):
             p.copy_(weight if on_p is None else on_p.prox(weight, lr * group["lam"]))
 
-    def _arm(self, plan: Plan | gpu.Plan, group: dict[str, Any]) -> str:
-        return arm(plan, group)
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return momentum_rule(group)
 
-    def _fused(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
-        # A prox that needs more than one entry at a time takes the plain step.
-        return self._interval(group, reg) is not None and super()._fused(i, params, group, reg)
+    def _set_prox(self, plan: Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
+        between = intervals(reg, [as_float(group["lr"]) * group["lam"]], [1.0])
+        if between is None:
+            return False
+        plan.set(DECAY=group["weight_decay"], SIGN=-1.0 if group["maximize"] else 1.0, LOW=between[0], HIGH=between[1])
+        return True
 
-    def _interval(self, group: dict[str, Any], reg: Regularizer | None) -> tuple[Any, Any, Any] | None:
-        return intervals(reg, [as_float(group["lr"]) * group["lam"]], [1.0])
-
-    def _elementwise(self, plan: Plan | gpu.Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
-        plan.set(DECAY=group["weight_decay"], SIGN=-1.0 if group["maximize"] else 1.0)
-        between = self._interval(group, reg)
-        if between is not None:
-            plan.set(LOW=between[0], HIGH=between[1])
-        return between is not None
-
-    def _remember_all(self, states: list[dict[str, Any]], group: dict[str, Any]) -> None:
-        """θ does not depend on the λ of the last step."""
-
-    def _pass(self, plan: Plan, rule: str, group: dict[str, Any], reg: Regularizer | None) -> None:
-        self._elementwise(plan, group, reg)
+    def _pass(self, plan: Plan, rule: str, prox: bool, group: dict[str, Any], reg: Regularizer | None) -> None:
         plan.run(rule, "PRIMAL")
-
-    def refresh(self, groups: Iterable[int] | None = None) -> None:
-        """Nothing to do: θ does not depend on λ."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import DTYPES, threads
-from ..optim.fused import without_gaps
+from ..optim.onepass.plan import without_gaps
 from ..part import Part
 from ..regularizers import Regularizer
 

@@ -64,7 +64,7 @@ def follow(optimizer: torch.optim.Optimizer, model: nn.Module, smaller: Shrinkin
     for small, whole, held in state:
         if held:
             new.state[small] = {k: _restrict(v, whole) for k, v in held.items()}
-            if isinstance(optimizer, BregmanOptimizer) and whole is not None:
+            if isinstance(new, BregmanOptimizer) and whole is not None:
                 _settle(new, small)
     return new
 
@@ -80,10 +80,8 @@ def _restrict(value: Any, part: Piece | None) -> Any:
     return part.restrict(value)
 
 
-def _settle(optimizer: Any, p: Tensor) -> None:
+def _settle(optimizer: BregmanOptimizer, p: Tensor) -> None:
     """Let v follow a constant that was folded into its weight."""
-    for group, reg in zip(optimizer.param_groups, optimizer.regularizers, strict=True):
-        if any(p is q for q in group["params"]) and "dual" in optimizer.state[p]:
-            with torch.no_grad():
-                optimizer.state[p].pop("written", None)
-                optimizer._follow(p, optimizer.state[p], group, reg)
+    if "dual" in optimizer.state[p]:
+        optimizer.state[p].pop("written", None)
+        optimizer.follow(p)

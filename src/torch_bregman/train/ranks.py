@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..choices import choose
 from ..data import DataError
-from ..optim.base import check_number
+from ..optim.options import check_number
 from .errors import RunError
 from .recipe import RIVALS, Recipe
 

@@ -19,8 +19,8 @@ from ..files import write_atomically
 from ..layers import param_groups, weight_layers
 from ..models import MODELS
 from ..multilevel import Multilevel
-from ..optim import AdaBreg, BregmanOptimizer, LinBreg, ProxSGD
-from ..optim.base import check_number
+from ..optim import AdaBreg, BregmanOptimizer, LinBreg, ProxSGD, RegularizedOptimizer
+from ..optim.options import check_number
 from ..regularizers import GROUPS, L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
 from ..rivals import SET, GradualMagnitudePruning, Lasso, RigL, Rival
 from .errors import writing
@@ -361,7 +361,7 @@ def make_control(
     recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int
 ) -> TargetDensity | None:
     """The controller, where a density was asked for."""
-    if recipe.density is None or not isinstance(optimizer, BregmanOptimizer):
+    if recipe.density is None or not isinstance(optimizer, RegularizedOptimizer):
         return None
     density: float | list[float | None] = recipe.density
     if recipe.conv_density is not None:

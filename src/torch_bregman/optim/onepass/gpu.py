@@ -1,4 +1,4 @@
-"""The optimizer step as one pass over memory on a GPU: what fused.py is for CPUs, one launch for a parameter group.
+"""The pass over memory on GPUs, one launch for a parameter group.
 
 All numbers come in as a table, so one compilation per rule and dtype, half a second, serves every tensor, lr and λ.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .fused import Held, dual_dtype, without_gaps
-
-if TYPE_CHECKING:
-    from .base import BregmanOptimizer
+from ...kernels import columns
+from ..options import dual_dtype
+from .plan import Plan, without_gaps
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -33,19 +33,17 @@ def supports(p: Tensor) -> bool:
     return p.device.type == "cuda" and p.dtype in TYPES and without_gaps(p)
 
 
-class Plan(Held):
-    """What the optimizers see of the one pass over `params`, which may be of several dtypes and devices."""
+class GpuPlan(Plan):
+    """The launches over `params`, which may be of several dtypes and devices."""
 
     def __init__(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         super().__init__(params, states)
-        from ..kernels import gpu
+        from ...kernels import gpu
 
         self.kernel = gpu
-        self.columns: dict[str, Any] = {}
-        self.asked: Any = None  # the λ and δ that the numbers stand for
+        self.numbers: dict[str, Any] = {}
         self.pointed: dict[str, list[Tensor]] = {}
-        self.sizes, self.strides = [p.numel() for p in params], [p.stride() for p in params]
-        self.addresses = [p.data_ptr() for p in params]
+        self.sizes, self.addresses = [p.numel() for p in params], [p.data_ptr() for p in params]
         alike: dict[Any, list[int]] = {}
         for i, p in enumerate(params):
             if self.sizes[i]:
@@ -60,22 +58,18 @@ class Plan(Held):
         return torch.from_numpy(np.stack([places, within], 1)).to(self.params[rows[0]].device)
 
     def fits(self) -> bool:
-        """Whether the parameters are laid out as they were; they can only change that by moving."""
         addresses = [p.data_ptr() for p in self.params]
         return addresses == self.addresses or all(
             supports(p) and p.stride() == strides for p, strides in zip(self.params, self.strides, strict=True)
         )
 
-    def set(self, **columns: Any) -> None:
-        """Numbers for all tensors, or one per tensor, by the names of the kernel's columns."""
-        self.columns |= columns
+    def set(self, **numbers: Any) -> None:
+        self.numbers |= numbers
 
     def point(self, column: str, tensors: list[Tensor]) -> None:
-        """What the kernel finds as V, FIRST or SECOND."""
         self.pointed[column] = tensors
 
-    def gradients(self, check: Any) -> list[Tensor]:
-        """The gradients, laid out as the parameters are. `check(p)` refuses those that cannot be used."""
+    def gradients(self, check: Callable[[Tensor], Tensor]) -> list[Tensor]:
         found: list[Tensor] = []
         for p, strides in zip(self.params, self.strides, strict=True):
             grad = check(p)
@@ -83,19 +77,19 @@ class Plan(Held):
             found.append(grad if alike else torch.empty_like(p).copy_(grad))
         return found
 
-    def run(self, rule: str, primal: bool, grads: list[Tensor] | None = None) -> None:
-        """One pass: v moves by `rule` and θ follows."""
-        kernel, n = self.kernel, len(self.params)
+    def run(self, rule: str, mode: str) -> None:
+        kernel, primal = self.kernel, mode == "PRIMAL"
         duals = self.params if primal else self.pointed["V"]
-        first, second = self.pointed.get("FIRST", duals), self.pointed.get("SECOND", duals)
-        table = np.empty((n, kernel.WIDTH), np.int64)
+        grads = self.pointed.pop("GRAD", duals)  # not kept alive beyond the step
+        moments = [self.pointed.get(name, duals) for name in ("FIRST", "SECOND")]
         self.addresses = [p.data_ptr() for p in self.params]
-        table[:, 0], table[:, 1] = self.sizes, self.addresses
-        for column, tensors in enumerate((grads or duals, duals, first, second), 2):
+        table = np.empty((len(self.params), kernel.WIDTH), np.int64)
+        table[:, columns.SIZE], table[:, columns.THETA] = self.sizes, self.addresses
+        for column, tensors in enumerate((grads, duals, *moments), columns.GRAD):
             table[:, column] = [t.data_ptr() for t in tensors]
-        numbers = table[:, kernel.ADDRESSES :].view(np.float64)
-        for column, name in enumerate(kernel.NAMES):
-            numbers[:, column] = self.columns.get(name, 1.0)
+        numbers = table[:, len(columns.ADDRESSES) :].view(np.float64)
+        for column, name in enumerate(columns.NUMBERS):
+            numbers[:, column] = self.numbers.get(name, 1.0)
         for rows, blocks in self.launches:
             p = self.params[rows[0]]
             dual = dual_dtype(p)
@@ -107,13 +101,3 @@ class Plan(Held):
                     1 - 4 * torch.finfo(dual).eps,
                 )  # fmt: skip
         torch.autograd.graph.increment_version(self.params)
-
-
-def plan(optimizer: BregmanOptimizer, i: int, params: list[Tensor]) -> Plan | None:
-    """The plan for `params` of group i; None where one of them is not supported."""
-    ids = list(map(id, params))
-    known = optimizer._gpu_plans.get(i)
-    if known is None or known[0] != ids or not (known[1] is None or known[1].fits()):
-        made = Plan(params, [optimizer.state[p] for p in params]) if all(map(supports, params)) else None
-        known = optimizer._gpu_plans[i] = (ids, made)
-    return known[1]

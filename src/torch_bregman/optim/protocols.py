@@ -1,0 +1,29 @@
+"""What `Multilevel` and `TargetDensity` promise each other and the optimizer that both work on."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Levels(Protocol):
+    """Exchanges weights by their live parts and back: `tb.Multilevel`."""
+
+    @property
+    def restricted(self) -> bool:
+        """Whether the optimizer holds the live parts."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a layer computes with its live weights alone, now or in the step to come."""
+
+    def leave(self) -> None:
+        """Let the optimizer hold the weights themselves."""
+
+
+class Control(Protocol):
+    """Moves λ: `tb.TargetDensity`."""
+
+    total_steps: int | None
+
+    def catch_up(self) -> None:
+        """Move λ now if it should have been moved while only the live parts were there."""
