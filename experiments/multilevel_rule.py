@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch_bregman.reproduce import describe_machine
+from reproduce.machine import describe_machine
 from torch_bregman.train import Recipe, fit
 
 HERE = Path(__file__).parent

@@ -19,8 +19,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from reproduce.machine import describe_machine
+from reproduce.recipes import find_recipes, read_experiment
+from reproduce.results import named_now
 from torch_bregman.files import write_atomically
-from torch_bregman.reproduce import describe_machine, find_recipes, read_experiment
 from torch_bregman.train import Recipe, fit
 from torch_bregman.train.errors import RunError
 
@@ -70,7 +72,7 @@ def main() -> None:
         if re.search(args.rows, row.method)
         for point in read_grid(args.grid)
     ]
-    tried = [{key: row[key] for key in ("method", "options")} for row in read_rows(path)]
+    tried = [{"method": row["method"], "options": named_now(row["options"])} for row in read_rows(path)]
     # Spawned, because a process that has used a GPU cannot be forked.
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         trials = {

@@ -92,7 +92,7 @@ def images(folder: Path, **options: Any) -> Recipe:
     x = generator.integers(0, 128, (400, 3, 16, 16)) + 32 * y[:, None, None, None]
     np.savez(path, x=x.astype(np.uint8), y=y)
     fixed = {
-        "model": "torch_bregman.reproduce:narrow_resnet", "augment": "crop-flip", "epochs": 3, "batch_size": 64,
+        "model": "torch_bregman.models.resnet:narrow_resnet", "augment": "crop-flip", "epochs": 3, "batch_size": 64,
         "device": "cuda", "lr": 3e-3,
     }  # fmt: skip
     return Recipe(dataset=str(path), **fixed | options).check()

@@ -1,6 +1,8 @@
 """The published tables beside ours: recipe files, runs that are interrupted, result files and their page."""
 
+import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,10 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_bregman import reproduce as tables
+from reproduce import machine, running
+from reproduce.cells import COLUMNS, describe, spread, table
+from reproduce.curves import draw_curves, family
+from reproduce.page import comparison, overview, results_page, write_page
+from reproduce.recipes import Row, find_recipes, read_experiment, read_experiments
+from reproduce.results import named_now, read_results, summarise
+from reproduce.variance import variances
+from torch_bregman import cli
 from torch_bregman.cli import main
-from torch_bregman.report.curves import family
-from torch_bregman.reproduce import read_experiment, read_experiments
+from torch_bregman.models import build
 from torch_bregman.train.errors import RunError, Stopped
 from torch_bregman.train.recipe import Recipe
 
@@ -111,7 +119,7 @@ def fake(monkeypatch):
                 (run / "result.json").write_text(json.dumps(part(0.9 + seed / 100)))
 
     fake = Fake()
-    monkeypatch.setattr(tables, "_run_in_process", fake)
+    monkeypatch.setattr(running, "run_in_process", fake)
     return fake
 
 
@@ -166,14 +174,14 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     try:
         threading.Thread(target=press_ctrl_c, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
-            tables._run_in_process([run], None)
+            running.run_in_process([run], None)
     finally:
         signal.signal(signal.SIGINT, before)
     assert (run / "checkpoint.pt").exists()
     assert not (run / "result.json").exists()
     before = metrics.read_text().splitlines()
     assert 5 <= len(before) < 200
-    tables._run_in_process([run], None)
+    running.run_in_process([run], None)
     result = json.loads((run / "result.json").read_text())
     assert len(result["curve"]["val_accuracy"]) == 201
     assert "Resumed" in (run / "log.txt").read_text()
@@ -186,13 +194,13 @@ def test_an_interrupted_reproduction_runs_only_what_is_missing(clone, fake):
     said: list[str] = []
     fake.stop_at = 3
     with pytest.raises(Stopped, match="the same command goes on"):
-        tables.reproduce(experiment, out, seeds=(0, 1), say=said.append)
+        running.reproduce(experiment, out, seeds=(0, 1), say=said.append)
     assert fake.ran == ["dense-adam-0", "dense-adam-1", "sparse-0"]
     assert not (out / "tiny.json").exists()
     assert (out / ".reproduce" / ".gitignore").read_text() == "*\n"
 
     fake.ran, fake.stop_at = [], 10**6
-    content = tables.reproduce(experiment, out, seeds=(0, 1), say=said.append)
+    content = running.reproduce(experiment, out, seeds=(0, 1), say=said.append)
     assert fake.ran == ["sparse-1"]
     assert any("3 runs that had ended" in line for line in said)
     assert content["rows"][1]["test_accuracy"] == [0.9, 0.91]
@@ -202,11 +210,11 @@ def test_an_interrupted_reproduction_runs_only_what_is_missing(clone, fake):
 
 def test_some_rows_are_run_again_and_the_others_stay(clone, fake):
     out = clone / "out"
-    tables.reproduce(read_experiment(recipe_of(clone)), out, seeds=(0, 1), command="all", say=lambda text: None)
+    running.reproduce(read_experiment(recipe_of(clone)), out, seeds=(0, 1), command="all", say=lambda text: None)
     before = json.loads((out / "tiny.json").read_text())
     fake.ran = []
     experiment = read_experiment(recipe_of(clone))
-    content = tables.reproduce(experiment, out, seeds=(2,), only="^sparse$", command="one", say=lambda text: None)
+    content = running.reproduce(experiment, out, seeds=(2,), only="^sparse$", command="one", say=lambda text: None)
     assert fake.ran == ["sparse-2"]
     dense, sparse = content["rows"]
     assert dense == {"seeds": [0, 1], "command": "all"} | before["rows"][0]
@@ -215,19 +223,38 @@ def test_some_rows_are_run_again_and_the_others_stay(clone, fake):
     assert (content["seeds"], content["command"]) == ([2], "one")
     assert json.loads((out / "tiny.json").read_text()) == content
 
-    page = tables.results_page({"tiny": experiment}, {"tiny": content})
+    page = results_page({"tiny": experiment}, {"tiny": content})
     assert "* dense | Adam: `all`; seeds 0 1" in page
 
     # What was made with options that the recipe no longer has is not shown beside them.
     recipe_of(clone).write_text(TINY.replace('optimizer = "adam"', 'optimizer = "adam"\nlr = 0.01'))
     experiment = read_experiment(recipe_of(clone))
-    assert [row["method"] for row in tables.reproduce(experiment, out, only="sparse", say=print)["rows"]] == ["sparse"]
+    assert [row["method"] for row in running.reproduce(experiment, out, only="sparse", say=print)["rows"]] == ["sparse"]
+
+
+def test_rows_of_a_model_that_has_moved_stay(clone, fake):
+    """Result files name it as it was called when they were made."""
+    head = TINY.replace("[shared]", '[shared]\nmodel = "MODEL"')
+    recipe_of(clone).write_text(head.replace("MODEL", "torch_bregman.reproduce:narrow_resnet"))
+    out = clone / "out"
+    running.reproduce(read_experiment(recipe_of(clone)), out, say=lambda text: None)
+    recipe_of(clone).write_text(head.replace("MODEL", "torch_bregman.models.resnet:narrow_resnet"))
+    content = running.reproduce(read_experiment(recipe_of(clone)), out, only="^sparse$", say=lambda text: None)
+    assert [row["method"] for row in content["rows"]] == ["dense | Adam", "sparse"]
+    for old in (CLONE / "experiments" / "results" / "cifar-narrow-resnet.json",):
+        options = {row["method"]: named_now(row["options"]) for row in json.loads(old.read_text())["rows"]}
+        recipe = read_experiment(find_recipes(None) / f"{old.stem}.toml")
+        assert options == {row.method: row.options for row in recipe.rows}
+    small, same = (
+        build(f"torch_bregman.{where}:narrow_resnet", (3, 8, 8), 4) for where in ("reproduce", "models.resnet")
+    )
+    assert small.head.in_features == same.head.in_features == 64
 
 
 @pytest.mark.parametrize(("only", "expected"), [("spars$", "no row in which 'spars$'"), ("(", "regular expression")])
 def test_rows_that_are_not_there(clone, only, expected):
     with pytest.raises(RunError, match=re.escape(expected)):
-        tables.reproduce(read_experiment(recipe_of(clone)), clone / "out", only=only, say=print)
+        running.reproduce(read_experiment(recipe_of(clone)), clone / "out", only=only, say=print)
 
 
 @pytest.mark.parametrize("change", ["option", "version", "data"])
@@ -235,49 +262,49 @@ def test_runs_under_other_conditions_are_not_taken_over(clone, fake, change, mon
     experiment, out = read_experiment(recipe_of(clone)), clone / "out"
     fake.stop_at = 1
     with pytest.raises(Stopped):
-        tables.reproduce(experiment, out, seeds=(0,), say=lambda text: None)
+        running.reproduce(experiment, out, seeds=(0,), say=lambda text: None)
     fake.ran, fake.stop_at = [], 10**6
     root = None
     if change == "option":
         recipe_of(clone).write_text(TINY.replace("epochs = 2", "epochs = 3"))
         experiment = read_experiment(recipe_of(clone))
     elif change == "version":
-        monkeypatch.setattr(tables, "__version__", "9.9")
+        monkeypatch.setattr(machine, "__version__", "9.9")
     else:
         root = clone
-    tables.reproduce(experiment, out, seeds=(0,), data_root=root, say=lambda text: None)
+    running.reproduce(experiment, out, seeds=(0,), data_root=root, say=lambda text: None)
     assert fake.ran == ["dense-adam-0", "sparse-0"]
 
 
 def test_a_run_that_fails_is_named(clone, tmp_path):
     experiment = read_experiment(recipe_of(clone))
-    bad = tables.replace(experiment, rows=(tables.Row("broken", {"dataset": str(tmp_path / "no.npz")}),))
+    bad = dataclasses.replace(experiment, rows=(Row("broken", {"dataset": str(tmp_path / "no.npz")}),))
     with pytest.raises(RunError, match=r"row 'broken'.*no\.npz"):
-        tables.reproduce(bad, clone / "out", seeds=(0,), say=lambda text: None)
+        running.reproduce(bad, clone / "out", seeds=(0,), say=lambda text: None)
 
 
 def test_mean_and_std_are_those_of_the_sample():
     values = [0.9, 0.92, 0.97]
-    row = tables.summarise(tables.Row("m", {}), "s", [part(value, 0.1 + value / 1e3) for value in values])
+    row = summarise(Row("m", {}), "s", [part(value, 0.1 + value / 1e3) for value in values])
     assert row["test_accuracy_mean"] == pytest.approx(sum(values) / 3)
     assert row["test_accuracy_std"] == pytest.approx(statistics.stdev(values))
     assert row["published"] is None
-    assert tables.spread(row, "test_accuracy") == "93.00 ± 3.61 %"
-    assert tables.describe({**row, "flops": [2e9] * 3}).count("2.00e+09 (25%)") == 1
-    assert "±" not in tables.describe(tables.summarise(tables.Row("m", {}), "s", [part(0.9)]))
+    assert spread(row, "test_accuracy") == "93.00 ± 3.61 %"
+    assert describe({**row, "flops": [2e9] * 3}).count("2.00e+09 (25%)") == 1
+    assert "±" not in describe(summarise(Row("m", {}), "s", [part(0.9)]))
 
 
 def test_linear_weights_and_kernels_are_shown_apart():
     row = {"options": {"groups": "kernels"}, "kept_linear": [0.03, 0.04], "kept_kernels": [0.02, 0.02]}
-    assert tables.COLUMNS["Linear / kernels kept"](row) == "3.50 % / 2.00 %"
-    assert tables.COLUMNS["Linear / kernels kept"](row | {"options": {}}) == ""
-    assert tables.COLUMNS["Linear / kernels kept"](row | {"kept_kernels": [None, None]}) == ""
+    assert COLUMNS["Linear / kernels kept"](row) == "3.50 % / 2.00 %"
+    assert COLUMNS["Linear / kernels kept"](row | {"options": {}}) == ""
+    assert COLUMNS["Linear / kernels kept"](row | {"kept_kernels": [None, None]}) == ""
 
 
 def test_a_run_that_was_never_on_target_has_no_validation_score():
     off = part(0.8)
     del off["end"]["val_accuracy"], off["end"]["val_loss"]
-    row = tables.summarise(tables.Row("m", {}), "s", [part(0.9), off])
+    row = summarise(Row("m", {}), "s", [part(0.9), off])
     assert row["test_accuracy"] == [0.9, 0.8]
     assert "val_accuracy" not in row
 
@@ -301,10 +328,10 @@ def test_quick_runs_every_row_and_says_that_it_means_nothing(clone, capsys):
 def test_quick_never_overwrites_results(clone, fake, capsys, monkeypatch):
     experiment, out = read_experiment(recipe_of(clone)), clone / "experiments" / "results"
     with monkeypatch.context() as here:  # not even a free name in the folder of the clone
-        here.setattr(tables, "__file__", str(clone / "src" / "torch_bregman" / "reproduce.py"))
+        here.setattr("reproduce.recipes.EXPERIMENTS", clone / "experiments")
         assert "the folder of the real results" in fails(capsys, "tiny", "--quick", "--out", out)
     assert not out.exists()
-    real = tables.reproduce(experiment, out, seeds=(0,), say=lambda text: None)
+    real = running.reproduce(experiment, out, seeds=(0,), say=lambda text: None)
     arguments = ["tiny", "--recipes", recipe_of(clone).parent]
     assert "tiny.json there is a real result" in fails(capsys, *arguments, "--quick", "--out", out)
     assert json.loads((out / "tiny.json").read_text()) == real
@@ -319,7 +346,7 @@ def test_quick_never_overwrites_results(clone, fake, capsys, monkeypatch):
 
 
 def test_the_recipes_of_the_clone_are_good():
-    found = read_experiments(tables.find_recipes(None))
+    found = read_experiments(find_recipes(None))
     assert {
         "mnist-mlp", "fashion-convnet-l1", "fashion-convnet-groups", "sparse-init", "cifar-resnet18",
         "cifar-resnet18-table3", "cifar-narrow-resnet", "mnist-autoencoder", "architecture-search",
@@ -367,14 +394,17 @@ def test_a_bad_recipe_is_one_sentence_with_its_file(clone, capsys, old, new, exp
     assert "tiny.toml" in said
 
 
-def test_a_recipe_without_rows_and_a_folder_without_recipes(clone, capsys, tmp_path, monkeypatch):
+def test_a_recipe_without_rows_and_a_folder_without_recipes(clone, capsys, tmp_path):
     recipe_of(clone).write_text(HEAD)
     assert "no [[rows]]" in fails(capsys, "tiny", "--recipes", recipe_of(clone).parent)
     recipe_of(clone).unlink()
     assert "no recipe files" in fails(capsys, "--recipes", recipe_of(clone).parent)
     assert "There is no folder" in fails(capsys, "--recipes", tmp_path / "nowhere")
-    monkeypatch.setattr(tables, "__file__", str(tmp_path / "env" / "lib" / "torch_bregman" / "reproduce.py"))
-    assert "--recipes" in fails(capsys)
+
+
+def test_from_a_wheel_the_command_says_that_it_needs_a_clone(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "EXPERIMENTS", tmp_path / "env" / "lib" / "experiments")
+    assert "clone the repository, and install it there with pip install -e" in fails(capsys)
 
 
 @pytest.mark.parametrize(
@@ -415,9 +445,9 @@ def test_the_list_shows_published_and_ours(clone, fake, capsys):
     works("--recipes", folder)
     before = " ".join(capsys.readouterr().out.split())
     assert "not yet run" in before
-    tables.reproduce(read_experiment(recipe_of(clone)), clone / "experiments" / "results", say=lambda text: None)
-    experiments, results = read_experiments(Path(folder)), tables.read_results(clone / "experiments" / "results")
-    (line,) = tables.overview(experiments, results)
+    running.reproduce(read_experiment(recipe_of(clone)), clone / "experiments" / "results", say=lambda text: None)
+    experiments, results = read_experiments(Path(folder)), read_results(clone / "experiments" / "results")
+    (line,) = overview(experiments, results)
     assert line == ["tiny", "MLP on digits", "sparse: 97.00 % at 11.00 %", "91.00 ± 1.00 % at 10.00 %"]
 
 
@@ -453,6 +483,13 @@ def test_the_page_is_made_of_the_result_files(clone, capsys):
     assert (clone / "docs" / "results.md").read_text() == page.replace("rescale", "renamed")
 
 
+def test_the_page_of_the_repository_is_that_of_its_result_files():
+    """docs/results.md, byte for byte."""
+    recipes = find_recipes(None)
+    results, docs = read_results(recipes.parent / "results"), CLONE / "docs"
+    assert results_page(read_experiments(recipes), results, docs) == (docs / "results.md").read_text()
+
+
 def test_a_damaged_result_file_is_named(clone, capsys):
     (clone / "experiments" / "results").mkdir()
     (clone / "experiments" / "results" / "bad.json").write_text("{")
@@ -478,42 +515,42 @@ def test_ours_stands_beside_the_rivals_of_its_density_and_epochs():
         cell("RigL 5 %", 0.965, 0.006, 0.99, optimizer="rigl"),
         cell("ProxSGD 5 %", 0.9, 0.01, optimizer="proxsgd"),
     ]
-    lines = tables.comparison([*ours, cell("Adam, dense", 0.99, 0.01, 0.99) | {"asked": None}, *rivals]).splitlines()
+    lines = comparison([*ours, cell("Adam, dense", 0.99, 0.01, 0.99) | {"asked": None}, *rivals]).splitlines()
     assert lines[0] == "| kept | epochs | ours | RigL | ProxSGD | ours is |"
     mine = "| 5.00 % | 10 | AdaBreg 5 %, multilevel: 96.00 ± 1.00 % |"
     assert lines[2:] == [f"{mine} 96.50 ± 0.60 % | 90.00 ± 1.00 % | within a std of the best |"]
     for std, verdict in ((0.0, "0.50 points short"), (0.001, "within a std of the best")):
         near = cell("AdaBreg 5 %", 0.96, 0.00705, 0.9)
-        assert verdict in tables.comparison([near, cell("RigL 5 %", 0.965, std, optimizer="rigl")])
-    assert "| best |" in tables.comparison([ours[0], rivals[0]])
-    assert tables.comparison(ours) == tables.comparison(rivals) == ""
+        assert verdict in comparison([near, cell("RigL 5 %", 0.965, std, optimizer="rigl")])
+    assert "| best |" in comparison([ours[0], rivals[0]])
+    assert comparison(ours) == comparison(rivals) == ""
 
 
 def test_a_row_has_the_lambda_that_runs_ended_with():
-    row = tables.Row("sparse", {})
-    assert tables.summarise(row, "s", [part(0.5, lam=0.2), part(0.5, lam=0.3)])["lam"] == [0.2, 0.3]
-    assert "lam" not in tables.summarise(row, "s", [part(0.5, lam=None)])
+    row = Row("sparse", {})
+    assert summarise(row, "s", [part(0.5, lam=0.2), part(0.5, lam=0.3)])["lam"] == [0.2, 0.3]
+    assert "lam" not in summarise(row, "s", [part(0.5, lam=None)])
 
 
 def test_what_must_be_said_of_the_data_stands_beside_the_figures(clone):
     note = "20 of the 10,000 test images are approximate."
     experiment = read_experiment(recipe_of(clone))
-    rows = [tables.summarise(row, "s", [part(0.5, note=note)]) for row in experiment.rows[:2]]
-    assert note in tables.describe(rows[0])
-    assert tables.results_page({"tiny": experiment}, {"tiny": {"rows": rows}}).count(note) == 1
-    assert "note" not in tables.summarise(experiment.rows[0], "s", [part(0.5, note="")])
+    rows = [summarise(row, "s", [part(0.5, note=note)]) for row in experiment.rows[:2]]
+    assert note in describe(rows[0])
+    assert results_page({"tiny": experiment}, {"tiny": {"rows": rows}}).count(note) == 1
+    assert "note" not in summarise(experiment.rows[0], "s", [part(0.5, note="")])
 
 
 @pytest.mark.gpu
 def test_the_peak_memory_of_a_run_on_a_gpu_is_that_of_the_gpu():
     kept = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    assert tables.peak_memory(Recipe(device="cuda")) >= kept.nbytes
+    assert machine.peak_memory(Recipe(device="cuda")) >= kept.nbytes
 
 
 @pytest.mark.parametrize("jobs", [0, -1, True, 1.5, "two"])
 def test_bad_numbers_of_jobs(clone, jobs):
     with pytest.raises(ValueError, match=rf"`jobs`: {jobs!r}; expected a whole number of at least 1"):
-        tables.reproduce(read_experiment(recipe_of(clone)), clone / "out", jobs=jobs)
+        running.reproduce(read_experiment(recipe_of(clone)), clone / "out", jobs=jobs)
 
 
 def test_several_runs_at_a_time(clone, monkeypatch):
@@ -530,12 +567,12 @@ def test_several_runs_at_a_time(clone, monkeypatch):
         seed = Recipe.read(runs[0] / "recipe.toml").seed
         (runs[0] / "result.json").write_text(json.dumps(part(0.9 + seed / 100)))
 
-    monkeypatch.setattr(tables, "_run_in_process", run)
-    content = tables.reproduce(experiment, out, seeds=(0, 1), jobs=3, say=lambda text: None)
+    monkeypatch.setattr(running, "run_in_process", run)
+    content = running.reproduce(experiment, out, seeds=(0, 1), jobs=3, say=lambda text: None)
     assert most[0] == 3
     assert [row["test_accuracy"] for row in content["rows"]] == [[0.9, 0.91]] * 2
     assert content["environment"]["runs at a time"] == 3
-    assert "runs at a time 3" in tables.results_page({"tiny": experiment}, {"tiny": content})
+    assert "runs at a time 3" in results_page({"tiny": experiment}, {"tiny": content})
 
 
 @pytest.mark.parametrize("how", ["an error", "Ctrl-C"])
@@ -547,7 +584,7 @@ def test_when_one_of_several_runs_fails_the_others_save_their_state(clone, how, 
         '[[rows]]\nmethod = "good"\n[[rows]]\nmethod = "bad"\n'
     )
     experiment = read_experiment(clone / "experiments" / "recipes" / "long.toml")
-    original = tables._run_in_process
+    original = running.run_in_process
 
     def run(runs, data_root, started):
         if runs[0].name.startswith("good"):
@@ -558,10 +595,10 @@ def test_when_one_of_several_runs_fails_the_others_save_their_state(clone, how, 
             time.sleep(0.05)
         raise RunError("it broke") if how == "an error" else KeyboardInterrupt
 
-    monkeypatch.setattr(tables, "_run_in_process", run)
+    monkeypatch.setattr(running, "run_in_process", run)
     wanted = pytest.raises(RunError, match=r"row 'bad'.*it broke") if how == "an error" else pytest.raises(Stopped)
     with wanted:
-        tables.reproduce(experiment, out, seeds=(0,), jobs=2, say=lambda text: None)
+        running.reproduce(experiment, out, seeds=(0,), jobs=2, say=lambda text: None)
     good = next(path for path in (out / ".reproduce" / "long").iterdir() if path.name.startswith("good"))
     assert (good / "checkpoint.pt").exists()
 
@@ -584,7 +621,8 @@ def test_step_sizes_are_tried_several_at_a_time_and_never_twice(tmp_path):
 
     def tried(*grid: str) -> list[float]:
         command = [sys.executable, script, "defaults", "--rows", "^digits, AdaBreg", "--jobs", "2", "--grid", *grid]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        where = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (CLONE / "src", CLONE / "experiments")))}
+        subprocess.run(command, check=True, capture_output=True, timeout=120, env=where)
         rows = json.loads((script.parent / "results" / "tuning" / "defaults.json").read_text())["rows"]
         assert all(0 < row["val_accuracy"] < 1 and row["options"]["epochs"] == 1 for row in rows)
         return [row["options"]["lr"] for row in rows]
@@ -597,15 +635,15 @@ def test_step_sizes_are_tried_several_at_a_time_and_never_twice(tmp_path):
 def test_a_table_shows_ssim_widths_and_skips_beside_what_was_published():
     skips = [{"before": 0, "skips": [[0.0, 0.0], [0.5, 0.0]]}, {"before": 2, "skips": [[0.1, 0.0], [-0.5, 0.2]]}]
     gone = [{"before": 0, "skips": [[0.0, 0.0], [0.5, 0.0]]}, {"before": 2, "skips": [[0.0, 0.0], [0.0, 0.0]]}]
-    told = tables.Row("sparse", {}, {"ssim": 0.93, "density": 0.267, "note": "100 epochs"})
+    told = Row("sparse", {}, {"ssim": 0.93, "density": 0.267, "note": "100 epochs"})
     parts = [denoised(0.9, [8, 2, 7], skips=skips), denoised(0.94, [6, 2, 8], skips=gone)]
-    sparse = tables.summarise(told, "s", parts)
+    sparse = summarise(told, "s", parts)
     assert sparse["test_ssim_mean"] == pytest.approx(0.92)
     assert sparse["test_ssim_std"] == pytest.approx(statistics.stdev([0.9, 0.94]))
     assert sparse["widths"] == [[8, 2, 7], [6, 2, 8]]
     assert sparse["skips"] == [skips, gone]
-    dense = tables.summarise(tables.Row("dense", {}), "s", [denoised(0.8, [8, 8, 8])] * 2)
-    head, _, first, second = tables.table([sparse, dense]).splitlines()
+    dense = summarise(Row("dense", {}), "s", [denoised(0.8, [8, 8, 8])] * 2)
+    head, _, first, second = table([sparse, dense]).splitlines()
     cells = dict(zip(head.split(" | "), first.split(" | "), strict=True))
     assert cells["SSIM"] == "0.9200 ± 0.0283"
     assert cells["validation SSIM"] == "0.9100 ± 0.0283"
@@ -620,8 +658,8 @@ def test_the_best_published_ssim_stands_for_its_table(clone):
         TINY.replace("accuracy = 0.97", "ssim = 0.5").replace("accuracy = 0.5", "ssim = 0.6").replace("sgdd", "lasso")
     )
     experiment = read_experiment(recipe_of(clone))
-    row = tables.summarise(experiment.rows[2], "s", [denoised(0.9, [8, 2, 8])])
-    (line,) = tables.overview({"tiny": experiment}, {"tiny": {"rows": [row]}})
+    row = summarise(experiment.rows[2], "s", [denoised(0.9, [8, 2, 8])])
+    (line,) = overview({"tiny": experiment}, {"tiny": {"rows": [row]}})
     assert line[2:] == ["from the future: SSIM 0.6 at 90.00 %", "SSIM 0.9000 at 10.00 %"]
 
 
@@ -629,8 +667,8 @@ def test_without_scikit_image_a_table_with_ssim_says_so(clone, fake, monkeypatch
     recipe_of(clone).write_text(TINY.replace("accuracy = 0.97", "ssim = 0.97"))
     said: list[str] = []
     for there in (True, False):
-        monkeypatch.setattr(tables, "find_spec", lambda name, there=there: object() if there else None)
-        tables.reproduce(read_experiment(recipe_of(clone)), clone / "out", seeds=(0,), say=said.append)
+        monkeypatch.setattr(running, "find_spec", lambda name, there=there: object() if there else None)
+        running.reproduce(read_experiment(recipe_of(clone)), clone / "out", seeds=(0,), say=said.append)
         assert any("torch-bregman[experiments]" in line for line in said) != there
 
 
@@ -642,7 +680,7 @@ def test_quick_finds_an_architecture(clone, name):
         text = text.replace(f'dataset = "{data}"', 'dataset = "digits"')
     (recipe_of(clone).parent / f"{name}.toml").write_text(text)
     experiment, out = read_experiment(recipe_of(clone).parent / f"{name}.toml"), clone / "quick"
-    content = tables.reproduce(experiment, out, quick=True, say=lambda text: None)
+    content = running.reproduce(experiment, out, quick=True, say=lambda text: None)
     for row, options in zip(content["rows"], experiment.rows, strict=True):
         model = options.options["model"]
         if model != "densenet":
@@ -653,7 +691,7 @@ def test_quick_finds_an_architecture(clone, name):
         assert [len(chain["skips"]) for chain in row.get("skips", [[]])[0]] == {
             "autoencoder": [], "skipencoder": [6], "densenet": [4, 4],
         }[model]  # fmt: skip
-    page = tables.write_page(clone / "docs", {name: experiment}, out, plots=True)
+    page = write_page(clone / "docs", {name: experiment}, out, plots=True)
     assert f"![{experiment.title}](results-{name}.png)" in page.read_text()
     assert 5000 < (clone / "docs" / f"results-{name}.png").stat().st_size < 200_000
 
@@ -664,7 +702,7 @@ def test_quick_finds_an_architecture(clone, name):
 @pytest.mark.parametrize(("correction", "factor"), [(True, 1.0), (False, 0.05)])
 def test_variance_through_relu_layers(correction, factor):
     options = {"correction": correction, "density": 0.05, "depth": 6, "width": 600, "samples": 100}
-    z, gradients, density = tables.variances(options, seed=0)
+    z, gradients, density = variances(options, seed=0)
     assert density == pytest.approx(0.05)
     assert len(z) == len(gradients) == 6
     assert (z[-1] / z[0]) ** (1 / 5) == pytest.approx(factor, rel=0.15)
@@ -692,7 +730,7 @@ def test_a_row_without_a_curve_in_one_panel_keeps_its_colour_and_stands_in_the_l
     figure = figure_module.Figure()
     early = {"val_accuracy": [0.1, 0.9], "density": [0.01, 0.05]}
     rows = [{"method": "old", "curve": early}, {"method": "new", "curve": {**early, "l1_norm": [10.0, 100.0]}}]
-    assert tables.draw_curves(figure, rows)
+    assert draw_curves(figure, rows)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["old", "new"]
     accuracy, _, norm = figure.axes
     assert norm.lines[0].get_color() == accuracy.lines[1].get_color() != accuracy.lines[0].get_color()
@@ -706,7 +744,7 @@ def test_a_method_has_one_colour_at_all_its_densities():
          "test_accuracy_std": 0.01, "curve": {"val_accuracy": [0.1, accuracy], "density": [1.0, density / 100]}}
         for method, density, accuracy in [("RigL", 5, 0.9), ("SET", 5, 0.8), ("RigL", 2, 0.85)]
     ]  # fmt: skip
-    assert tables.draw_curves(figure, rows)
+    assert draw_curves(figure, rows)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["RigL", "SET"]
     kept, accuracy, _ = figure.axes
     assert kept.get_xlabel() == "weights kept, %"

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import shlex
 import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 try:
     import cyclopts
     from cyclopts import App, Parameter
     from rich.console import Console
-    from rich.table import Column, Table
     from rich.text import Text
 except ImportError:
     sys.exit("The command line needs its extra: pip install 'torch-bregman[train]'.")
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .choices import choose
 from .data import DataError, Dataset, load
 from .models import build
 from .report import terminal_summary, write_report
@@ -36,6 +35,7 @@ from .train.ranks import TORCHRUN, start
 from .train.recipe import Recipe
 
 REFRESH = 2  # times a second; more would disturb what is timed
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # of a clone
 SAMPLES = 64  # that stand for the inputs of a network when it is shrunk, exported or timed
 
 app = App(
@@ -363,52 +363,22 @@ def reproduce(
     recipes
         The folder of the recipe files. [experiments/recipes of the clone]
     """
-    from . import reproduce as tables
-
-    recipes = tables.find_recipes(recipes)
-    experiments = tables.read_experiments(recipes)
-    results = out or (None if quick else recipes.parent / "results")
-    if sum((name is not None, all, page)) > 1:
-        raise RunError("NAME, --all and --page exclude each other.")
-    if name is not None:
-        choose("name", name, experiments)
-    console = Console(highlight=False)
-    if name is None and not all and not page:
-        folder = results or recipes.parent / "results"
-        found = tables.read_results(folder) if folder.is_dir() else {}
-        console.print(listing(tables.overview(experiments, found)))
-        return
-    if quick:
-        console.print(tables.QUICK_WARNING, style="bold red", soft_wrap=True)
-    command = "torch-bregman reproduce {}" + (f" --rows {shlex.quote(rows)}" if rows else "")
-    command += f" --seeds {' '.join(map(str, seeds))}" + f" --jobs {jobs}" * (jobs > 1) + " --quick" * quick
-    for chosen in [] if page else [name] if name is not None else experiments:
-        experiment = experiments[chosen]
-        if all and not quick and (device := experiment.missing_device()) is not None:
-            print(f"{chosen} is passed over: it needs a device {device!r}, which this machine does not have.")
-            continue
-        try:
-            tables.reproduce(
-                experiment, results, seeds=seeds, only=rows, jobs=jobs, quick=quick, data_root=data_root,
-                command=command.replace("{}", chosen, 1) + " --data-root DIR" * (data_root is not None),
-                say=lambda text: print(text, flush=True),
-            )  # fmt: skip
-        except Stopped as stopped:
-            print(stopped)
-            sys.exit(130)
-    if quick:
-        console.print(tables.QUICK_WARNING, style="bold red", soft_wrap=True)
-    if results is not None:
-        print(tables.write_page(tables.page_folder(recipes, results), experiments, results, plots=plots))
+    from_clone("reproduce.command").run(
+        name, every=all, rows=rows, seeds=seeds, jobs=jobs, quick=quick, plots=plots, page=page, data_root=data_root,
+        out=out, recipes=recipes,
+    )  # fmt: skip
 
 
-def listing(rows: list[list[str]]) -> Table:
-    """What can be reproduced, as a table of the terminal."""
-    whole = max((len(name) for name, *_ in rows), default=0)  # a name is there to be copied
-    table = Table(Column("name", min_width=whole), "task", "published", "ours", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+def from_clone(module: str) -> ModuleType:
+    """A module of experiments/, which lies beside src/ in a clone; RunError where the package was installed alone."""
+    if not EXPERIMENTS.is_dir():
+        raise RunError(
+            "The tables, their recipes and what runs them are not part of the installed package: clone the repository, "
+            "and install it there with pip install -e '.[train]'."
+        )
+    if str(EXPERIMENTS) not in sys.path:
+        sys.path.insert(0, str(EXPERIMENTS))
+    return importlib.import_module(module)
 
 
 @dataclass(frozen=True)

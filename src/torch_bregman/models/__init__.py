@@ -71,6 +71,9 @@ MODELS: dict[str, Build] = {
     "densenet": densenet,
 }  # fmt: skip
 
+#: functions that have moved, as the runs and result files of version 0.1.0 name them → where they are
+MOVED = {"torch_bregman.reproduce:narrow_resnet": "torch_bregman.models.resnet:narrow_resnet"}
+
 
 def build(name: str, shape: Shape, classes: int) -> nn.Module:
     """The model called `name`: one of `MODELS`, or "package.module:function" of your own.
@@ -79,7 +82,7 @@ def build(name: str, shape: Shape, classes: int) -> nn.Module:
     """
     if ":" not in name:
         return MODELS[choose("model", name, MODELS)](shape, classes)
-    model = imported("model", name)(shape, classes)
+    model = imported("model", MOVED.get(name, name))(shape, classes)
     if not isinstance(model, nn.Module):
         raise ValueError(f"Invalid `model`: {name!r} returned {type(model).__name__}; expected a torch.nn.Module.")
     return model

@@ -7,7 +7,7 @@ import statistics
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .plots import DENSE, GRID, INK, MUTED, SPARSE
+from torch_bregman.report.plots import DENSE, GRID, INK, MUTED, SPARSE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
