@@ -113,10 +113,10 @@ def param_groups(
 
     Args:
         model: the network; tied parameters appear once.
-        regularizer: for every Linear and Conv weight. A mapping chooses per layer, first match wins: its keys are
-            module types (`{nn.Linear: tb.L1(), nn.Conv2d: tb.GroupL1("kernels")}`) or patterns of parameter or module
-            names (`{"head.*": None, "*": tb.L1()}`). A pattern that ends in a name ("*.in_proj_weight") also reaches
-            parameters that are no Linear or Conv weight.
+        regularizer: for every weight, those of Linear, Conv and the kinds that were registered (docs/layers.md). A
+            mapping chooses per layer, first match wins: its keys are module types (`{nn.Linear: tb.L1(), nn.Conv2d:
+            tb.GroupL1("kernels")}`) or patterns of parameter or module names (`{"head.*": None, "*": tb.L1()}`). A
+            pattern that ends in a name ("*.in_proj_weight") also reaches parameters that are no such weight.
         lam: λ, or a mapping of the same kind.
         options: anything else for the groups, such as `lr` or `delta`.
 

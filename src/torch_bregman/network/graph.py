@@ -76,10 +76,10 @@ def _constant(call: Call, outputs: Tensor, lost: Tensor) -> Tensor | None:
     return first if bool((image.flatten(1) == first[:, None]).all()) else image
 
 
-class TrainedWalk(Walk):
+class TrainingWalk(Walk):
     """The walk through a network that is trained on: weights that are zero in a unit that lives may change."""
 
-    trained = True
+    weights_change = True
 
     def __init__(self, model: nn.Module, trace: Trace, alive: Mapping[str, Tensor]) -> None:
         self.held: list[Tensor] = []
@@ -153,7 +153,7 @@ class Graph:
         """
         for name, mask in alive.items():
             self._check(name, mask)
-        walk = TrainedWalk(self.model, self.traced(), alive)
+        walk = TrainingWalk(self.model, self.traced(), alive)
         removed = walk.removed()
         cuts = {call.name: cut_of(call, removed) for call in walk.calls}
         return {name: cut for name, cut in cuts.items() if cut is not None}

@@ -18,7 +18,7 @@ def operation(walk: Walk, node: fx.Node) -> Operation:
     if node.op == "call_module" and node.target not in walk.fixed:
         module = walk.modules[str(node.target)]
         kind = kinds.of(module)
-        known = node in walk.shapes and (kind.in_training or not walk.trained)
+        known = node in walk.shapes and (kind.in_training or not walk.weights_change)
         return Operation(kind.follow, module, kind.makes_new) if known else Operation(barrier, module)
     rule: Rule = barrier
     if node.op == "call_method":

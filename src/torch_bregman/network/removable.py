@@ -35,7 +35,7 @@ class RemovableChannels(HeadsWalk):
             none without `carry`, then `fold` returns what they contribute as an image.
     """
 
-    trained = False
+    weights_change = False
 
     def __init__(
         self, model: nn.Module, trace: Trace, moving: Tensor | None = None, *, rewrite: bool = False, carry: bool = True

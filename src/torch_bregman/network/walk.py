@@ -61,14 +61,14 @@ class Walk:
     """The wires of all tensors, for given live units. A subclass says what is known of an operation.
 
     Attributes:
-        trained: whether weights may still change, those that are zero too; else all of them are known.
+        weights_change: whether those that are zero may come alive; else all of them are known.
         alive: by name of a module, which of its units live; all, where there is no name.
         wires: by node, or None where nothing can go.
         calls: the modules that may be cut.
         pairs: ids that only exist together.
     """
 
-    trained: bool
+    weights_change: bool
 
     def __init__(self, model: nn.Module, trace: Trace, alive: Mapping[str, Tensor]) -> None:
         self.modules = dict(model.named_modules())

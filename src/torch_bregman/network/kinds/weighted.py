@@ -85,8 +85,8 @@ class WeightedSum(Kind):
         given = self.bias(module, "weight")
         value = torch.zeros(n).double() if given is None else numbers(given)
         constant = ~alive
-        if not walk.trained or groups > 1:
-            constant, value = self.constants(module, wire, alive, value, trained=walk.trained)
+        if groups > 1 or not walk.weights_change:
+            constant, value = self.constants(module, wire, alive, value, change=walk.weights_change)
         if groups == 1:
             ids = walk.new(n)
         else:  # a group goes with all its inputs and outputs, or stays
@@ -97,18 +97,16 @@ class WeightedSum(Kind):
         walk.calls.append(Call(name, module, wire, output, alive, shape[dim + 1 :]))
         return output
 
-    def constants(
-        self, module: Any, wire: Wire, alive: Tensor, bias: Tensor, *, trained: bool
-    ) -> tuple[Tensor, Tensor]:
+    def constants(self, module: Any, wire: Wire, alive: Tensor, bias: Tensor, *, change: bool) -> tuple[Tensor, Tensor]:
         """Which units are constant, and what they emit.
 
-        `alive`: those that have a weight; `bias`: what they emit without inputs; `trained`: weights that are zero may
-        change.
+        `alive`: those that have a weight; `bias`: what they emit without inputs; `change`: weights that are zero may
+        come alive.
         """
         weight, groups = numbers(self.matrix(module)), self.groups(module)
         weight = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])  # [groups, out, in, *kernel]
         sums = weight[..., None].flatten(3).sum(3)
-        reads = torch.ones_like(sums, dtype=torch.bool) if trained else (weight != 0)[..., None].flatten(3).any(3)
+        reads = torch.ones_like(sums, dtype=torch.bool) if change else (weight != 0)[..., None].flatten(3).any(3)
         known, value = wire.constant.view(groups, 1, -1), wire.value.view(groups, 1, -1)
         if self.padded(module):  # at the border it is another one
             known = known & (value == 0)
