@@ -145,25 +145,52 @@ def save_sparse(model: nn.Module, path: Pathlike, *, dtype: torch.dtype | None =
         if tensor.is_complex():
             header["complex"].append(name)
             tensor = torch.view_as_real(tensor)
-        bits = integers(tensor)
-        nonzero, negative = where_kept(bits, tensor.is_floating_point())
-        kept, each = int(np.count_nonzero(nonzero)), bits.itemsize
-        (code, pattern), (code2, second) = encode(nonzero), encode(negative)
-        encoding, size = "dense", len(bits) * each
-        less = kept * each + len(pattern) + len(second)
-        if less + ENTRY < size:
-            encoding, size = "bitmask" if code == MASK else "gaps", less
-            entry = [list(tensor.shape), code, len(pattern)]
-            header["sparse"][name] = [*entry, code2, len(second), int(negative.sum())] if len(second) else entry
-            patterns += [pattern, second]
-            payload[name] = torch.from_numpy(bits[nonzero]).view(tensor.dtype)
-        else:
-            payload[name] = tensor.clone()  # safetensors refuses tensors that share memory
+        values = _sparse(tensor)
+        if values.entry is not None:
+            header["sparse"][name] = values.entry
+        payload[name] = values.tensor
+        patterns += values.patterns
         before = original.numel() * original.element_size()
-        rows.append(SavedTensor(name, tuple(original.shape), tensor.dtype, encoding, kept, size, before))
+        rows.append(SavedTensor(name, tuple(original.shape), tensor.dtype, *values[:3], before))
     if any(map(len, patterns)):
         payload[PATTERNS] = torch.from_numpy(np.concatenate(patterns))
-    text = json.dumps({key: value for key, value in header.items() if value}, separators=(",", ":"))
+    content = _content(payload, {key: value for key, value in header.items() if value})
+    write_atomically(path, content)
+    dense = _dense_bytes({row.name: tensors[row.name] for row in rows})
+    return Saved(path, len(content), dense, header["kept"], header["size"], tuple(rows))
+
+
+class _Encoded(NamedTuple):
+    """What is stored of a tensor: how, its kept entries, its bytes; where it is sparse, its entry in the header."""
+
+    encoding: str
+    kept: int
+    bytes: int
+    tensor: Tensor
+    entry: list[Any] | None = None
+    patterns: tuple[Array, ...] = ()
+
+
+def _sparse(tensor: Tensor) -> _Encoded:
+    """The smallest form of a real tensor that is contiguous and on the CPU."""
+    bits = integers(tensor)
+    nonzero, negative = where_kept(bits, tensor.is_floating_point())
+    kept, each = int(np.count_nonzero(nonzero)), bits.itemsize
+    (code, pattern), (code2, second) = encode(nonzero), encode(negative)
+    size = kept * each + len(pattern) + len(second)
+    if size + ENTRY >= len(bits) * each:
+        # A copy, for safetensors refuses tensors that share memory.
+        return _Encoded("dense", kept, len(bits) * each, tensor.clone())
+    entry = [list(tensor.shape), code, len(pattern)]
+    if len(second):
+        entry += [code2, len(second), int(negative.sum())]
+    values = torch.from_numpy(bits[nonzero]).view(tensor.dtype)
+    return _Encoded("bitmask" if code == MASK else "gaps", kept, size, values, entry, (pattern, second))
+
+
+def _content(payload: dict[str, Tensor], header: dict[str, Any]) -> bytearray:
+    """The bytes of the file, with their checksum."""
+    text = json.dumps(header, separators=(",", ":"))
     try:
         content = bytearray(safetensors.torch.save(payload, {METADATA: text}))
     except KeyError as error:
@@ -173,9 +200,7 @@ def save_sparse(model: nn.Module, path: Pathlike, *, dtype: torch.dtype | None =
         raise ValueError(f"Invalid `model`: its tensors need a header of {length:,} bytes; at most {HEADER_LIMIT:,}.")
     at = content.index(NO_DIGEST.encode(), content.index(b'sha256\\":\\"'))
     content[at : at + 64] = hashlib.sha256(content).hexdigest().encode()
-    write_atomically(path, content)
-    dense = _dense_bytes({row.name: tensors[row.name] for row in rows})
-    return Saved(path, len(content), dense, header["kept"], header["size"], tuple(rows))
+    return content
 
 
 def _dense_bytes(tensors: Mapping[str, Tensor]) -> int:
