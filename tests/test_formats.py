@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_bregman import sparse_init_
+from torch_bregman import compare, sparse_init_
 from torch_bregman.export import formats
 from torch_bregman.export.formats import save_onnx, save_program
 from torch_bregman.layers import weight_layers
@@ -236,16 +236,16 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
 
 def test_the_difference_of_outputs():
     one = torch.tensor([1.0, -2.0])
-    assert formats.difference(one, one) == 0
-    assert formats.difference(one + torch.tensor([0.0, 0.02]), one) == pytest.approx(0.01)
-    assert formats.difference(one[:1], one) == torch.inf
-    assert formats.difference(torch.zeros(2), torch.zeros(2)) == 0
-    assert formats.difference(torch.ones(2), torch.zeros(2)) == torch.inf
-    assert formats.difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == torch.inf
+    assert compare.difference(one, one) == 0
+    assert compare.difference(one + torch.tensor([0.0, 0.02]), one) == pytest.approx(0.01)
+    assert compare.difference(one[:1], one) == torch.inf
+    assert compare.difference(torch.zeros(2), torch.zeros(2)) == 0
+    assert compare.difference(torch.ones(2), torch.zeros(2)) == torch.inf
+    assert compare.difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == torch.inf
     wild = torch.tensor([1.0, torch.inf, torch.nan])
-    assert formats.difference(wild, wild) == 0
-    assert formats.difference(torch.zeros(3), wild) == torch.inf
-    assert not formats.difference(torch.full((2,), torch.nan), one) <= 1
+    assert compare.difference(wild, wild) == 0
+    assert compare.difference(torch.zeros(3), wild) == torch.inf
+    assert not compare.difference(torch.full((2,), torch.nan), one) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

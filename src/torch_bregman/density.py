@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .distributed import count_nonzero, whole
 from .layers import weight_layers
 from .regularizers import NuclearNorm
+from .text import table
 
 
 def check_density(density: float, *, name: str = "density", one_allowed: bool = False) -> None:
@@ -95,10 +96,8 @@ class SparsityReport:
         kept, size = self.weights
         rows.append(["all", "", f"{kept:,}/{size:,}", f"{self.density:.3%}", "", "", _cell(self.kernels), ""])
         keep = [i for i in range(len(head)) if any(row[i] for row in rows[1:])]
-        widths = {i: max(len(row[i]) for row in rows) for i in keep}
-        lines = ["  ".join(row[i].ljust(widths[i]) if i < 2 else row[i].rjust(widths[i]) for i in keep) for row in rows]
-        lines.append("alive/all; weights: non-zero entries of Linear and Conv weights, biases and norms not counted")
-        return "\n".join(line.rstrip() for line in lines)
+        shown = table([[row[i] for i in keep] for row in rows], left=range(2))
+        return f"{shown}\nalive/all; weights: non-zero entries of Linear and Conv weights, biases and norms not counted"
 
     @staticmethod
     def _row(layer: LayerSparsity) -> list[object]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..compare import difference
 from ..files import write_atomically
 
 __all__ = ["save_onnx", "save_program"]
@@ -189,21 +190,6 @@ def _compare(
                     f"{what} differs from the network by {off:.2g} of the largest output at batch size "
                     f"{_batch(given)}; {allowed:.0e} is allowed."
                 )
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """max |a − b| / max |b|; where both are infinite or nan they are equal, and another shape is infinitely far."""
-    if a.shape != b.shape:
-        return torch.inf
-    if not b.is_floating_point():
-        return 0.0 if torch.equal(a, b) else torch.inf
-    a, b = a.double(), b.double()
-    finite = b.isfinite()
-    if not torch.allclose(a[~finite], b[~finite], equal_nan=True):
-        return torch.inf
-    scale = b[finite].abs().amax().item() if finite.any() else 0.0
-    off = (a - b)[finite].abs().amax().item() if finite.any() else 0.0
-    return off / scale if scale else (torch.inf if off else 0.0)
 
 
 def _tolerance(like: Tensor) -> float:

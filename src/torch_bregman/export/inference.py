@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-import random
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,10 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.utils._pytree import tree_leaves
 
 from .. import kernels
+from ..compare import close
 from ..shrink import compact
+from ..text import table
+from ..timing import race
 from .chain import WAYS, Chain, Layer, Unfit, follow, hooked, layers_of
 
 TOLERANCE = 1e-5  # of the largest output
@@ -63,12 +63,6 @@ class InferenceReport:
              c.chosen, c.why)
             for c in self.layers
         ]  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        left = (True, True, False, False, False, True, True)
-        lines = [
-            "  ".join(f"{t:<{w}}" if at else f"{t:>{w}}" for t, w, at in zip(row, widths, left, strict=True)).rstrip()
-            for row in (head, *rows)
-        ]
         whole = (
             f"batch {self.batch}, {self.threads} threads: dense {_microseconds(self.dense)} µs, "
             f"this {_microseconds(self.seconds)} µs"
@@ -78,7 +72,7 @@ class InferenceReport:
             if self.seconds < self.dense
             else self.result
         )
-        return "\n".join([*lines, f"{whole}, {gain}", *self.notes])
+        return "\n".join([table([head, *rows], left={0, 1, 5, 6}), f"{whole}, {gain}", *self.notes])
 
 
 def _microseconds(seconds: float | None) -> str:
@@ -91,39 +85,9 @@ def _microseconds(seconds: float | None) -> str:
 def _race(
     jobs: dict[str, Callable[[], object]], seconds: float | None = None, of: Callable[[list[float]], float] = min
 ) -> dict[str, float]:
-    """Seconds of a call of each, in turn and in random order: the least, for what else the machine does only adds.
-
-    Three calls follow one that is not timed: after another job the caches hold nothing of this one.
-    """
-    took: dict[str, list[float]] = {name: [] for name in jobs}
-    end = time.perf_counter() + (SECONDS if seconds is None else seconds)
-    order, shuffle = list(jobs), random.Random(0).shuffle  # the user's random numbers stay where they are
-    while min(map(len, took.values())) < 6 or time.perf_counter() < end:
-        shuffle(order)
-        for name in order:
-            jobs[name]()
-            for _ in range(3):
-                start = time.perf_counter()
-                jobs[name]()
-                took[name].append(time.perf_counter() - start)
-    return {name: of(times) for name, times in took.items()}
-
-
-def _close(found: Any, wanted: Any) -> bool:
-    """Whether all tensors agree up to rounding, measured by the largest entry of each."""
-    a, b = tree_leaves(found), tree_leaves(wanted)
-    return len(a) == len(b) and all(map(_near, a, b))
-
-
-def _near(a: Any, b: Any) -> bool:
-    if not isinstance(b, Tensor):
-        return True
-    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not b.is_floating_point() or not b.numel():
-        return torch.equal(a, b)
-    scale = b.nan_to_num(0, 0, 0).abs().max().item()
-    return torch.allclose(a, b, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+    """Seconds of a call of each: the least, for what else the machine does only adds."""
+    times = race(jobs, 2, seconds=SECONDS if seconds is None else seconds)
+    return {name: of([second for row in rows for second in row]) for name, rows in times.items()}
 
 
 def _fastest(modules: list[nn.Module], x: Tensor) -> Chain:
@@ -136,7 +100,7 @@ def _fastest(modules: list[nn.Module], x: Tensor) -> Chain:
         except Unfit as error:
             reason = str(error)
             continue
-        if _close(chain(x), wanted):
+        if close(chain(x), wanted, TOLERANCE):
             chains[way] = chain
             if chain.spreads(x.shape):
                 chains[f"{way}, alone"] = Chain(modules, chain.shape, way, False)
@@ -205,7 +169,7 @@ class _Traced:
                 continue
             fused = fuse(layer, norm)
             source = before.args[0]
-            if isinstance(source, fx.Node) and _close(fused(values[source.name]), values[node.name]):
+            if isinstance(source, fx.Node) and close(fused(values[source.name]), values[node.name], TOLERANCE):
                 self.module.set_submodule(str(before.target), fused)
                 values[before.name] = values[node.name]
                 node.replace_all_uses_with(before)
@@ -468,7 +432,7 @@ def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> Infere
         if small is not before:
             plan = _Traced(small, inputs)
         for found in (traced, plan):
-            if not _close(found.module(*inputs), wanted):
+            if not close(found.module(*inputs), wanted, TOLERANCE):
                 raise RuntimeError("the trace computes something else")
     except Exception as error:
         lines = str(error).splitlines() or [""]
@@ -503,7 +467,7 @@ def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> Infere
                 notes.append(f"{name}: {error}.")
     for name in list(networks)[1:]:
         try:
-            right = _close(networks[name](*inputs), wanted)
+            right = close(networks[name](*inputs), wanted, TOLERANCE)
         except Exception:  # a network that looks into its own layers finds something else there
             right = False
         if not right:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import json
 import math
 import os
 import platform
-import random
 import statistics
 import tempfile
-import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +28,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..compare import difference
 from ..density import density
 from ..files import write_atomically
 from ..layers import forward_flops, weight_layers
-from .formats import as_inputs, difference, names_of, reason, rows_of, save_onnx, silence
+from ..text import table
+from ..timing import race, without_collection
+from .formats import as_inputs, names_of, reason, rows_of, save_onnx, silence
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Fact", "Latency", "Line", "Proof", "Units", "prove"]
 
 BLOCK = 0.01  # seconds of calls in a row of one contender in one round
-MOST_CALLS = 50
 ROUNDS = 30
 EQUAL = 0.05  # two figures that differ by less are about equal
 SAME = 1e-4  # outputs that differ by less, of the largest one, are the same within rounding
@@ -226,7 +225,11 @@ class Proof:
         return Line(("outputs after that", "", shown, said if self.difference else ""), None if same else False)
 
     def __str__(self) -> str:
-        parts = [_aligned(*table, text) for table, text in ((self.comparison, 1), (self.speed, 2))]
+        # The first columns and the last are words, those between them figures.
+        parts = [
+            table([head, *(line.cells for line in lines)], left={*words, len(head) - 1}) + "\n"
+            for (head, lines), words in ((self.comparison, {0}), (self.speed, {0, 1}))
+        ]
         return "\n".join([*parts, self.verdict, "", *self.explanations])
 
     def __rich__(self) -> RenderableType:
@@ -236,14 +239,14 @@ class Proof:
 
         made: list[RenderableType] = []
         for (head, lines), text in ((self.comparison, 1), (self.speed, 2)):
-            table = Table(box=None, pad_edge=False, header_style="dim")
+            drawn = Table(box=None, pad_edge=False, header_style="dim")
             for i, name in enumerate(head):
                 last = i == len(head) - 1
-                table.add_column(name, justify="left" if i < text or last else "right", no_wrap=not last)
+                drawn.add_column(name, justify="left" if i < text or last else "right", no_wrap=not last)
             for line in lines:
                 colour = {True: "green", False: "yellow", None: "default"}[line.good]
-                table.add_row(*map(Text, line.cells[:-1]), Text(line.cells[-1], style=colour))
-            made += [table, Text()]
+                drawn.add_row(*map(Text, line.cells[:-1]), Text(line.cells[-1], style=colour))
+            made += [drawn, Text()]
         return Group(*made, Text(self.verdict, style="bold"), *(Text(line, style="dim") for line in self.explanations))
 
 
@@ -497,7 +500,11 @@ def _latencies(
                         if name in (DENSE, SPARSE):
                             raise
                         missing[name] = reason(error)
-                times = _race(calls, rounds, f"latency at batch {batch}", say)
+                with without_collection():
+                    times = race(
+                        calls, rounds, block=BLOCK, before=lambda key: torch.set_num_threads(key[1]),
+                        say=lambda i, at=batch: say(f"latency at batch {at}: round {max(i, 1)} of {rounds}"),  # type: ignore[misc]
+                    )  # fmt: skip
         finally:
             torch.set_num_threads(threads)
         # By the mean: threads that now and then wait for a busy core have a good median.
@@ -520,46 +527,6 @@ def _ready(name: str, make: Maker, x: tuple[Tensor, ...], threads: int) -> dict[
         made[name, number] = call = make(x)
         call()
     return made
-
-
-def _race(
-    calls: Mapping[tuple[str, int], Call], rounds: int, what: str, say: Callable[[str], None]
-) -> dict[tuple[str, int], list[list[float]]]:
-    """Seconds of the calls in every round, each contender's in a row, in an order that is drawn anew."""
-    clock, order, draw = time.perf_counter, list(calls), random.Random(0)
-    times: dict[tuple[str, int], list[list[float]]] = {key: [] for key in calls}
-    often = dict.fromkeys(calls, 3)  # in the first round, which only says how long they take
-    with _no_collection():
-        for number in range(rounds + 1):
-            say(f"{what}: round {max(number, 1)} of {rounds}")
-            draw.shuffle(order)
-            for key in order:
-                call = calls[key]
-                torch.set_num_threads(key[1])
-                call()  # the caches hold what another one left
-                row = []
-                for _ in range(often[key]):
-                    start = clock()
-                    call()
-                    row.append(clock() - start)
-                if number == 0:
-                    often[key] = min(max(round(BLOCK / max(min(row), 1e-9)), 1), MOST_CALLS)
-                else:
-                    times[key].append(row)
-    return times
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without Python's garbage collection, which would be counted to whoever is running."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _compiled(model: nn.Module) -> Maker:
@@ -690,20 +657,6 @@ def _amount(value: float, unit: str) -> str:
         return f"{value:,.0f} {unit}"
     power = min(int(math.log10(value)) // 3, 5)
     return f"{value / 1000.0**power:.3g} {' kMGTP'[power]}{unit}"
-
-
-def _aligned(head: tuple[str, ...], lines: Sequence[Line], text: int) -> str:
-    """A table of plain text; the first `text` columns and the last are words, the others figures."""
-    rows = [head, *(line.cells for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    made = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < text or i == len(row) - 1 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        made.append("  ".join(cells).rstrip())
-    return "\n".join(made) + "\n"
 
 
 # ---- what a file may hold

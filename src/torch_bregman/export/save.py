@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..distributed import require_whole
 from ..files import write_atomically
 from ..layers import weight_layers
+from ..text import table
 from . import descriptions
 from .descriptions import unwrapped
 from .file import (
@@ -88,9 +89,7 @@ class Saved:
         for row in self.tensors:
             shape, dtype = "×".join(map(str, row.shape)), str(row.dtype).removeprefix("torch.")
             rows.append([row.name, shape, dtype, row.encoding, *(f"{number:,}" for number in row[4:])])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        pad = [str.ljust] * 4 + [str.rjust] * 3
-        return "\n".join("  ".join(p(c, w) for p, c, w in zip(pad, row, widths, strict=True)).rstrip() for row in rows)
+        return table(rows, left=range(4))
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .. import compare
+
 TRIALS = 2  # random inputs beside the example
 
 
@@ -28,13 +30,9 @@ def difference(model: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) -
                 pair = [copy.deepcopy(m).eval() for m in (model, small)]
                 outputs = [tree_leaves(m(*[x.clone() for x in trial])) for m in pair]
             for a, b in zip(*outputs, strict=True):
-                if isinstance(a, Tensor) and a.numel() and a.is_floating_point():
-                    scale = float(a.nan_to_num(0, 0, 0).abs().max()) or 1.0
-                    same = (a == b) | (a.isnan() & b.isnan())
-                    worst = max(worst, float(torch.where(same, 0.0, (a - b).abs()).max()) / scale)
-                elif isinstance(a, Tensor) and not torch.equal(a, b):
-                    worst = float("inf")
-    return worst if worst == worst else float("inf")
+                if isinstance(a, Tensor):
+                    worst = max(worst, compare.difference(b, a))
+    return worst
 
 
 def _double(x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..text import table
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,17 +54,8 @@ class Report:
                 remark += f"{'; ' if remark else ''}{f'{row.kept} dead stay: ' if row.kept else ''}{row.reason}"
             sizes = (f"{a:,} → {b:,}" if a != b else f"{a:,}" for a, b in zip(row.before, row.after, strict=True))
             lines.append((f"{row.name} ({row.kind})", *sizes, "{:,} → {:,}".format(*row.parameters), remark))
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        table = [
-            "  ".join(
-                f"{text:<{w}}" if i == 0 else f"{text:>{w}}"
-                for i, (text, w) in enumerate(zip(line, widths, strict=False))
-            )
-            + (f"  {line[4]}" if line[4] else "")
-            for line in lines
-        ]
         before, after = self.parameters
-        table.append(
+        whole = (
             f"{before:,} → {after:,} parameters ({after / max(before, 1):.1%}), outputs within {self.difference:.1e}"
         )
-        return "\n".join(table + self.notes)
+        return "\n".join([table(lines, left={0, 4}), whole, *self.notes])
