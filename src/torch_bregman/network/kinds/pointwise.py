@@ -23,7 +23,7 @@ ACTIVATIONS = [
 
 
 class Ruled(Kind):
-    """A module without weights that does what a function does, for which there is a rule."""
+    """A module that does what a function does, for which there is a rule."""
 
     in_training = True
 
@@ -54,6 +54,12 @@ class Dropout(Ruled, Noise):
     pass
 
 
+class PlainDropout(Dropout):
+    """Of single entries: heads stay heads."""
+
+    follow_heads: HeadsRule = staticmethod(keep)
+
+
 class Softmax(Kind):
     follow_heads: HeadsRule = staticmethod(softmax)
 
@@ -74,6 +80,7 @@ for _name in ACTIVATIONS:
     register(Activation(getattr(nn, _name), pointwise))
 for _name, _rule in POOLS.items():  # MaxPool2d is max_pool2d, and so on
     register(Ruled(getattr(nn, "".join(map(str.capitalize, _name.split("_")))), _rule))
+register(PlainDropout(nn.Dropout, dropout))
 for _class in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
     register(Dropout(_class, dropout))
 register(Noise(_DropoutNd))  # of classes that are derived from it
@@ -82,12 +89,3 @@ register(Ruled(nn.Flatten, flatten))
 register(Ruled(nn.Upsample, interpolate))
 register(PReLU(nn.PReLU, _prelu))
 register(Softmax(nn.Softmax))
-
-
-class PlainDropout(Dropout):
-    """Of single entries: heads stay heads."""
-
-    follow_heads: HeadsRule = staticmethod(keep)
-
-
-register(PlainDropout(nn.Dropout, dropout))
