@@ -199,6 +199,8 @@ class Inherited(Kind):
             setattr(self, name, getattr(kind, name))
         for name in ("weights", "grouped", "fan_in", "bias", "positions", "flops", "matrix", "part_replaced"):
             setattr(self, name, getattr(kind, name))
+        if module_class.forward is kind.module_class.forward:
+            self.sparse = kind.sparse
 
 
 class Unknown(Kind):
