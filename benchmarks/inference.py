@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import torch_bregman as tb
 from torch_bregman.data import idx
-from torch_bregman.export.inference import optimize_for_inference
+from torch_bregman.inference import optimize_for_inference
 from torch_bregman.models import convnet, mlp
 from torch_bregman.models.resnet import ResNet
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_bregman import kernels
-from torch_bregman.export import inference
-from torch_bregman.export.chain import WAYS, Chain, Unfit
-from torch_bregman.export.inference import InferenceModule, optimize_for_inference
+from torch_bregman.inference import InferenceModule, choice, optimize_for_inference
+from torch_bregman.inference.chain import WAYS, Chain
+from torch_bregman.inference.links import Unfit
 from torch_bregman.models import convnet, mlp, resnet18
 
 needs_numba = pytest.mark.skipif(not kernels.available(), reason="needs numba")
@@ -30,7 +30,7 @@ ACTIVATIONS = [
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timings as short as they come: what is tested here is right whichever wins."""
     torch.manual_seed(0)
-    monkeypatch.setattr(inference, "SECONDS", 0.0)
+    monkeypatch.setattr(choice, "SECONDS", 0.0)
 
 
 def sparse(net: nn.Module, density: float, seed: int = 0) -> nn.Module:
@@ -54,7 +54,7 @@ def favour(monkeypatch: pytest.MonkeyPatch, winner: str) -> None:
     def race(jobs: dict[str, Any], seconds: float = 0.0, of: Any = min) -> dict[str, float]:
         return {n: 1e-6 if n == winner or (n.startswith("sparse") and winner == "sparse") else 1e-3 for n in jobs}
 
-    monkeypatch.setattr(inference, "_race", race)
+    monkeypatch.setattr(choice, "seconds_of", race)
 
 
 def chains(module: nn.Module) -> list[Chain]:
@@ -193,7 +193,7 @@ def test_several_threads_at_once(way: str, threads: int) -> None:
 
 @needs_numba
 def test_other_threads_than_when_it_was_first_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_bregman.export.chain.ALONE", 0)
+    monkeypatch.setattr("torch_bregman.inference.chain.ONE_THREAD_WORK", 0)
     net = sparse(mlp(IMAGE, 10, (300, 200)), 0.1)
     chain, x = Chain(list(net), IMAGE, "panels of 1"), torch.randn(100, *IMAGE)
     before = torch.get_num_threads()
@@ -303,7 +303,7 @@ def test_a_residual_network(monkeypatch: pytest.MonkeyPatch) -> None:
     trained_norms(net, (3, 16, 16))
     net.eval()
     favour(monkeypatch, "sparse")
-    monkeypatch.setattr(inference, "WAYS", WAYS[1:2])
+    monkeypatch.setattr(choice, "WAYS", WAYS[1:2])
     fast = optimize_for_inference(net, (torch.randn(4, 3, 16, 16),))
     for batch in (4, 1):
         x = torch.randn(batch, 3, 16, 16)

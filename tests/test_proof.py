@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import torch_bregman as tb
-from torch_bregman.export import proof as sheet
 from torch_bregman.export.load import load_sparse
-from torch_bregman.export.proof import Fact, Latency, Proof, Units, prove
 from torch_bregman.models import build
+from torch_bregman.proof import Fact, Latency, Proof, Units, prove, sizes
+from torch_bregman.proof.measure import random_weights
 
 pytest.importorskip("rich")
 pytest.importorskip("jinja2")
@@ -171,7 +171,7 @@ def test_a_sheet_with_odd_values(value):
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Nothing is optimized, which takes its seconds."""
-    monkeypatch.setattr("torch_bregman.export.inference.optimize_for_inference", lambda model, _: copy.deepcopy(model))
+    monkeypatch.setattr("torch_bregman.proof.measure.optimize_for_inference", lambda model, _: copy.deepcopy(model))
 
 
 def test_the_figures_of_a_small_network():
@@ -225,7 +225,7 @@ def test_random_weights_are_dense_and_of_the_usual_size():
     model = build("convnet", (1, 8, 8), 10)
     for module in (model[0], model[3]):
         tb.sparse_init_(module, 0.05, None, torch.Generator().manual_seed(0))
-    dense = sheet._random_weights(model)
+    dense = random_weights(model)
     assert tb.density(dense) == 1
     assert dense[3].weight.std().item() == pytest.approx((64 * 25) ** -0.5, rel=0.02)
     assert tb.density(model) < 1
@@ -293,14 +293,14 @@ def test_flops_are_those_of_the_formula(layer, shape, flops):
     from torch.utils.flop_counter import FlopCounterMode
 
     x = torch.randn(3, *shape)
-    assert sheet._flops(layer, (x,)) == flops
+    assert sizes.flops(layer, (x,)) == flops
     with FlopCounterMode(display=False) as counter:
         layer(x[:1])
     if getattr(layer, "groups", 1) == 1:  # torch counts a grouped convolution as a whole one in some versions
         assert counter.get_total_flops() == flops
     with torch.no_grad():
         layer.weight.view(-1)[::2] = 0
-    assert sheet._flops(layer, (x,)) == flops / 2
+    assert sizes.flops(layer, (x,)) == flops / 2
 
 
 def test_memory_is_what_is_alive_at_once():
@@ -313,7 +313,7 @@ def test_memory_is_what_is_alive_at_once():
             return y.repeat(4)  # 2 more
 
     x = torch.randn(1000)
-    assert sheet._memory(Steps(), (x,)) == 4 * (1000 + 2000)
+    assert sizes.memory(Steps(), (x,)) == 4 * (1000 + 2000)
 
 
 def test_what_a_module_holds_is_counted_once():
@@ -327,7 +327,7 @@ def test_what_a_module_holds_is_counted_once():
             extra = torch.zeros(25)
             self.call = lambda: extra
 
-    assert sheet._held(Holder()) == 4 * (100 + 50 + 25)
+    assert sizes.held(Holder()) == 4 * (100 + 50 + 25)
 
 
 def test_memory_of_a_sparse_network_counts_its_lists():

@@ -3,15 +3,15 @@
 from .control import TargetDensity
 from .density import density, sparsity_report
 from .export.formats import save_onnx, save_program
-from .export.inference import optimize_for_inference
 from .export.load import load_sparse
-from .export.proof import prove
 from .export.read import read_sparse
 from .export.save import save_sparse
+from .inference import optimize_for_inference
 from .init import sparse_init_
 from .layers import param_groups
 from .multilevel import Multilevel
 from .optim import AdaBreg, LinBreg, ProxSGD
+from .proof import prove
 from .regularizers import L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
 from .shrink import shrink
 from .theory import bregman_distance, step_size_bound, symmetric_bregman_distance

@@ -263,7 +263,7 @@ def bench(
     rivals
         Also torch.compile and ONNX Runtime (extra 'export').
     """
-    from .export.proof import prove
+    from .proof import prove
 
     try:
         batches = tuple(int(part) for part in batch.split(","))

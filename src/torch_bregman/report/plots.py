@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from torch_bregman.export.proof import Units
+from torch_bregman.proof import Units
 from torch_bregman.report.extras import needs_train_extra
 from torch_bregman.report.records import Record, series
 from torch_bregman.report.words import clean, number, percent, short

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_bregman.export.proof import Proof
+from torch_bregman.proof import Proof
 from torch_bregman.report.words import near, number
 
 __all__ = ["Record", "read_patterns", "read_run", "series"]
