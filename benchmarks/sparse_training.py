@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import torch_bregman as tb
 from torch_bregman.models import convnet, mlp, resnet18
-from torch_bregman.train import Recipe, fit, loop
+from torch_bregman.train import Recipe, fit, training
 from torch_bregman.train.recipe import make_optimizer
 
 IMAGE, COLOUR = (1, 28, 28), (3, 32, 32)
@@ -228,7 +228,7 @@ def run(root: Path | None, density: float, epochs: int) -> None:
         ("dense Adam", {"optimizer": "adam"}),
         (f"AdaBreg, multilevel, {density:.0%}", {"density": density, "multilevel": True}),
     ):
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(loop, "make_optimizer", fused):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(training, "make_optimizer", fused):
             fit(Recipe(**base, **options).check(), Path(folder), data_root=root, quiet=True)
             rows[name] = _metrics(Path(folder))
     target = max(row["val_accuracy"] for row in rows["dense Adam"] if row.get("epoch")) - 0.005

@@ -22,8 +22,8 @@ import torch_bregman as tb
 from torch_bregman.data.augment import crop_flip
 from torch_bregman.models import build
 from torch_bregman.train.graphs import Replayed
-from torch_bregman.train.loop import start_sparse
 from torch_bregman.train.recipe import Recipe, make_control, make_optimizer
+from torch_bregman.train.start import start_sparse
 
 IMAGE = (3, 32, 32)
 

@@ -28,7 +28,7 @@ import torch_bregman as tb
 from torch_bregman.control import Scope
 from torch_bregman.optim import RegularizedOptimizer
 from torch_bregman.optim.base import primal
-from torch_bregman.train import Recipe, fit, loop
+from torch_bregman.train import Recipe, fit, training
 
 
 class Keep(Scope):
@@ -78,7 +78,7 @@ def main() -> None:
     rows = []
     for density in (0.05, 0.01):
         for name, how in MOVES.items():
-            loop.make_control = control(**how)
+            training.make_control = control(**how)
             accuracies, kept = [], []
             for seed in options.seeds:
                 recipe = Recipe(dataset="mnist", density=density, epochs=options.epochs, seed=seed).check()

@@ -10,10 +10,10 @@ from skimage.metrics import structural_similarity
 
 from torch_bregman.data import load
 from torch_bregman.models import build
-from torch_bregman.train import fit, loop
-from torch_bregman.train.loop import load_model
+from torch_bregman.train import evaluation, fit, loop
 from torch_bregman.train.recipe import Recipe
 from torch_bregman.train.ssim import similarity_on
+from torch_bregman.train.weights import load_model
 
 
 @pytest.fixture(params=[1, 3], ids=["grey", "colour"])
@@ -56,7 +56,7 @@ def test_it_is_that_of_scikit_image_on_pixels(pictures):
 
 
 def test_a_run_reports_it_for_validation_and_test_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "EVALUATION_BATCH", 100)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 100)
     monkeypatch.setattr(loop, "SSIM_IMAGES", 150)
     end = fit(Recipe(dataset="digits", model="autoencoder", optimizer="adam", epochs=1).check(), tmp_path, quiet=True)
     data = load("digits")

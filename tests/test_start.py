@@ -14,8 +14,8 @@ from torch_bregman.layers import weight_layers
 from torch_bregman.models import build
 from torch_bregman.train import fit
 from torch_bregman.train.denoising import start_at_mean
-from torch_bregman.train.loop import start_sparse
 from torch_bregman.train.recipe import Recipe
+from torch_bregman.train.start import start_sparse
 
 GROUPED = Recipe(regularizer="group-l1", lam=0.1, initial_density=0.25)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torch_bregman import __version__
-from torch_bregman.train.loop import pick_device
+from torch_bregman.train.device import pick_device
 from torch_bregman.train.recipe import Recipe
 
 

@@ -30,7 +30,8 @@ from .report import terminal_summary, write_report
 from .report.words import near
 from .train.denoising import Denoising
 from .train.errors import RunError, Stopped, writing
-from .train.loop import evaluate, fit
+from .train.evaluation import evaluate
+from .train.loop import fit
 from .train.ranks import TORCHRUN, start
 from .train.recipe import Recipe
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from .ranks import ONE_PROCESS, Processes
 if TYPE_CHECKING:
     from .folders import Folders
 
+Checkpoints: TypeAlias = "OneFile | Folders"
 
-def checkpoints_of(run: Path, warn: Callable[[str], None], ranks: Processes) -> OneFile | Folders:
+
+def checkpoints_of(run: Path, warn: Callable[[str], None], ranks: Processes) -> Checkpoints:
     """Where the run in the folder `run` is saved; `warn` is told what goes wrong without ending it."""
     if ranks.strategy == "none":
         return OneFile(run, warn)

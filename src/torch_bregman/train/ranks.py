@@ -184,27 +184,6 @@ class Processes:
                     raise other
         return value  # type: ignore[return-value]
 
-    # ------------------------------------------------------------------ the weights in one piece
-
-    def whole_state(self, model: nn.Module) -> dict[str, Any]:
-        """`model.state_dict()` in one piece, with FSDP on the CPU of the first rank only."""
-        self.share_buffers(model)
-        if self.strategy != "fsdp":
-            return model.state_dict()
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def load_whole_state(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """The reverse; only the `state` of the first rank counts. Of tied weights one may be missing."""
-        if self.size == 1:
-            model.load_state_dict(state, strict=False)
-            return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-        set_model_state_dict(model, state, options=options)
-
 
 ONE_PROCESS = Processes()
 
