@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torch_bregman as tb
 from torch_bregman.models import mlp
-from torch_bregman.restriction.choice import Timings
+from torch_bregman.multilevel.choice import Timings
 
 RESULT = Path(__file__).parent / "results" / "communication.json"
 LAM, BATCH = 1.0, 4
@@ -104,7 +104,7 @@ def one_step(net: DistributedDataParallel, optimizer: Any) -> dict[str, int]:
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer, levels: Any = None) -> dict[str, int]:
     """Bytes of what a rank holds, from the tensors themselves; after a step, with its gradients."""
-    parts = [] if levels is None else levels._parts
+    parts = [] if levels is None else levels._exchange.parts
     values = [part.live.values for part in parts]
     trained = {p for group in optimizer.param_groups for p in group["params"]}
     index = {}

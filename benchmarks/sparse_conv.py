@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_bregman.models import convnet
-from torch_bregman.restriction.conv import ConvPattern, max_pool2d, sparse_conv2d
-from torch_bregman.restriction.csr import Pattern, sparse_linear
+from torch_bregman.multilevel.conv import ConvPattern, max_pool2d, sparse_conv2d
+from torch_bregman.multilevel.linear import Pattern, sparse_linear
 
 SHAPES = [(64, 64, 5, 0, 12), (64, 64, 3, 1, 32), (256, 256, 3, 1, 8)]  # in, out, kernel, padding, size
 DENSITIES = [0.1, 0.05, 0.02, 0.01]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_bregman.restriction import Pattern, sparse_linear
+from torch_bregman.multilevel.linear import Pattern, sparse_linear
 
 SHAPES = [(1024, 4096), (4096, 1024), (4096, 4096), (200, 784)]
 DENSITIES = [0.1, 0.05, 0.02, 0.01]

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_bregman as tb
-from torch_bregman import kernels, multilevel
+from torch_bregman import kernels
+from torch_bregman.multilevel import choice, off_support
 from torch_bregman.part import Part
-from torch_bregman.restriction import choice, missed
-from torch_bregman.restriction.missed import make_up
 
 FORMS = ["masked", "sparse"]
 
@@ -44,7 +43,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Every layer computes in this form, whatever is faster."""
     if request.param == "sparse" and not kernels.available():
         pytest.skip("needs numba")
-    for name in ("MARGIN", "ABLE"):
+    for name in ("FASTER", "ABLE"):
         monkeypatch.setattr(choice, name, float("inf") if request.param == "sparse" else 0.0)
     return str(request.param)
 
@@ -204,7 +203,7 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_compact_networks_have_the_gradients_of_the_whole(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "MARGIN", float("inf"))
+    monkeypatch.setattr(choice, "FASTER", float("inf"))
     torch.manual_seed(seed)
     model = Residual()
     for layer in (model.stem, model.a, model.b, model.hidden):
@@ -223,11 +222,11 @@ def test_compact_networks_have_the_gradients_of_the_whole(seed: int, monkeypatch
         losses[-1].backward()
     torch.testing.assert_close(*losses)
     full = dict(zip(model.parameters(), twin.parameters(), strict=True))
-    for part in levels._parts:
+    for part in levels._exchange.parts:
         wanted = full[part.live.full].grad
         assert wanted is not None
         torch.testing.assert_close(part.live.values.grad, part.live.where.restrict(wanted))
-    restricted = {part.live.full for part in levels._parts}
+    restricted = {part.live.full for part in levels._exchange.parts}
     for p, q in full.items():
         if p not in restricted:
             torch.testing.assert_close(p.grad, q.grad)
@@ -241,7 +240,7 @@ def test_compact_networks_have_the_gradients_of_the_whole(seed: int, monkeypatch
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_compact_network_on_a_gpu_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "MARGIN", float("inf"))
+    monkeypatch.setattr(choice, "FASTER", float("inf"))
     results = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
@@ -268,7 +267,7 @@ def test_a_compact_network_on_a_gpu_takes_the_same_steps(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("stop", [2, 4, 6, 9])
 def test_a_compact_run_resumes_bit_for_bit(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "MARGIN", float("inf"))
+    monkeypatch.setattr(choice, "FASTER", float("inf"))
 
     def make() -> tuple[Any, ...]:
         torch.manual_seed(0)
@@ -301,7 +300,7 @@ def test_a_lambda_that_moved_before_a_coarse_phase_leaves_no_weight_behind(name:
         group["lam"] *= factor
     levels.step()
     assert levels.restricted
-    for part in levels._parts:
+    for part in levels._exchange.parts:
         outside = part.live.full.detach().clone()
         part.live.pattern.prolong(torch.zeros(len(part.live.pattern)), outside)
         assert not outside.any()
@@ -359,7 +358,7 @@ def test_what_a_fine_step_makes_up_for(
     """Against the equations, entry by entry; with few=0 by the kernel."""
     if not few and not kernels.available():
         pytest.skip("needs numba")
-    monkeypatch.setattr(missed, "FEW", few)
+    monkeypatch.setattr(off_support, "FEW", few)
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(5, 4, 3, 3, generator=generator) + 1 for _ in range(30)]
     p, optimizer = stepped((5, 4, 3, 3), regularizer, gradients[:-1])
@@ -376,7 +375,7 @@ def test_what_a_fine_step_makes_up_for(
             t.set_(t.contiguous(memory_format=layout))
     before = {name: state[name].clone() for name in ("dual", "exp_avg", "exp_avg_sq")}
     p.grad = g = gradients[-1].contiguous(memory_format=layout)
-    make_up(p, state, group, regularizer, seen, 7)
+    off_support.take_missed_steps(p, state, group, regularizer, seen, 7)
 
     m2 = 0.999**7 * before["exp_avg_sq"] + (1 - 0.999**7) * g**2
     first = (0.9 * before["exp_avg"] + 0.1 * (-g if maximize else g)) / (1 - 0.9**30)
@@ -402,7 +401,7 @@ def test_gradients_that_agree_are_made_up_for_and_noise_is_not() -> None:
         p, optimizer = stepped((4000,), tb.L1(), gradients)
         before = optimizer.state[p]["dual"].clone()
         optimizer.state[p]["step"] += 9  # as the coarse steps have counted
-        make_up(p, optimizer.state[p], optimizer.param_groups[0], tb.L1(), seen, 9)
+        off_support.take_missed_steps(p, optimizer.state[p], optimizer.param_groups[0], tb.L1(), seen, 9)
         moved.append(((optimizer.state[p]["dual"] - before) / 0.09).abs())
     torch.testing.assert_close(moved[0], torch.ones(4000))  # nine steps of lr
     assert moved[1].mean() < 0.03
@@ -419,7 +418,7 @@ def test_weights_of_half_precision_are_made_up_for_in_full(regularizer: Any) -> 
     seen = (
         Part(p, (1,), torch.tensor([2])) if isinstance(regularizer, tb.GroupL1) else Part(p, (), torch.arange(16, 24))
     )
-    make_up(p, optimizer.state[p], optimizer.param_groups[0], regularizer, seen, 9)
+    off_support.take_missed_steps(p, optimizer.state[p], optimizer.param_groups[0], regularizer, seen, 9)
     moved = optimizer.state[p]["dual"] - before
     assert optimizer.state[p]["dual"].dtype == torch.float32
     assert not moved[2].any()
@@ -428,22 +427,24 @@ def test_weights_of_half_precision_are_made_up_for_in_full(regularizer: Any) -> 
 
 def test_a_weight_without_gradients_has_nothing_to_make_up_for() -> None:
     p, optimizer = stepped((6,), tb.L1(), [torch.zeros(6)] * 3)
-    make_up(p, optimizer.state[p], optimizer.param_groups[0], tb.L1(), Part(p, (), torch.tensor([1])), 5)
+    off_support.take_missed_steps(
+        p, optimizer.state[p], optimizer.param_groups[0], tb.L1(), Part(p, (), torch.tensor([1])), 5
+    )
     assert not optimizer.state[p]["dual"].any()
 
 
 @pytest.mark.skipif(not kernels.available(), reason="needs numba")
 @pytest.mark.parametrize("stop", [9, 10, 11, 15, 20])
 def test_what_is_chosen_well_resumes_bit_for_bit(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MARGIN", "ABLE"):
+    for name in ("FASTER", "ABLE"):
         monkeypatch.setattr(choice, name, float("inf"))
-    calls = []
+    calls, take_missed_steps = [], off_support.take_missed_steps
 
     def spy(*args: Any) -> None:
         calls.append(args[-1])
-        make_up(*args)
+        take_missed_steps(*args)
 
-    monkeypatch.setattr(multilevel, "make_up", spy)
+    monkeypatch.setattr(off_support, "take_missed_steps", spy)
 
     def new() -> tuple[nn.Module, Any, tb.Multilevel]:
         model = mlp()
@@ -537,7 +538,7 @@ def test_a_margin_moves_v_near_the_threshold_and_no_weight(name: str, form: str)
     theirs.load_state_dict(ours.state_dict())
     assert levels.restricted
     full = [p for i in range(2) for p in _full(twin, theirs, i)]
-    parts = {(part.group, part.place): part.live for part in levels._parts}
+    parts = {(part.group, part.place): part.live for part in levels._exchange.parts}
     assert any(live.near is not None and len(live.near) for live in parts.values())
     for i in range(7, 12):
         before = copy.deepcopy(states(theirs))
@@ -617,7 +618,7 @@ def test_entries_that_passed_the_threshold_in_a_phase_are_no_edit_after_loading(
     one, two, three = make(), make(), make()
     train(one[0], one[1], range(12), one[2].step)
     train(two[0], two[1], range(6), two[2].step)
-    near = [part.live.values[len(part.live.pattern) :] for part in two[2]._parts]
+    near = [part.live.values[len(part.live.pattern) :] for part in two[2]._exchange.parts]
     assert any(values.count_nonzero() for values in near)
     for mine, theirs in zip(three, two, strict=True):
         mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
@@ -679,7 +680,7 @@ def test_whoever_looks_at_a_weight_sees_its_live_values(form: str) -> None:
     train(model, optimizer, range(2), levels.step)
     for i, look in enumerate(looks, 2):
         train(model, optimizer, range(i, i + 1), levels.step)
-        live = next(part.live for part in levels._parts if part.live.full is weight)
+        live = next(part.live for part in levels._exchange.parts if part.live.full is weight)
         assert live.stale == (form == "sparse")
         assert weight.shape == (15, 20)
         assert weight.grad is None
@@ -836,7 +837,7 @@ def test_a_penalty_on_the_weights_reaches_the_live_ones(form: str) -> None:
         wanted = twin[0].weight.grad
         assert wanted is not None
         if levels.restricted:
-            wanted = levels._parts[0].live.where.restrict(wanted)
+            wanted = levels._exchange.parts[0].live.where.restrict(wanted)
         torch.testing.assert_close(held, wanted)
         optimizer.step()
         levels.step()

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torch_bregman as tb
 from torch_bregman import kernels
-from torch_bregman.restriction import choice
+from torch_bregman.multilevel import choice
 
 RANKS, STEPS, BATCH = 2, 60, 8
 
@@ -158,7 +158,7 @@ def close(one: tuple[Any, Any, Any], two: tuple[Any, Any, Any], tolerance: float
 def computing(form: str) -> Iterator[None]:
     """Every layer computes with its live weights alone, or with zeros in between, whatever is faster."""
     bound = float("inf") if form == "sparse" else 0.0
-    with mock.patch.object(choice, "MARGIN", bound), mock.patch.object(choice, "ABLE", bound):
+    with mock.patch.object(choice, "FASTER", bound), mock.patch.object(choice, "ABLE", bound):
         yield
 
 
@@ -193,7 +193,7 @@ def two_ranks_are_one_process() -> None:
                 two = make(name, model=mlp(dtype), margin=margin, options=options)
                 one = make(name, model=mlp(dtype), margin=margin, ddp=False)
                 train(two, range(STEPS - 3), whole=False)
-                near = [part.live.near for part in two[2]._parts]
+                near = [part.live.near for part in two[2]._exchange.parts]
                 train(two, range(STEPS - 3, STEPS), whole=False)
                 train(one, range(STEPS), whole=True)
             assert two[2].counts == {"fine": 6, "coarse": 54}
@@ -350,7 +350,7 @@ def compact_networks_train_alike() -> None:
         return model
 
     groups = {"head.*": None, nn.Conv2d: tb.GroupL1("filters"), nn.Linear: tb.GroupL1("rows")}
-    with mock.patch.object(choice, "MARGIN", float("inf")):
+    with mock.patch.object(choice, "FASTER", float("inf")):
         two = make(regularizer=groups, model=units(), coarse_steps=4)
         one = make(regularizer=groups, model=units(), coarse_steps=4, ddp=False)
         for parts in (one, two):

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_bregman.kernels import BAND
+from torch_bregman.multilevel.linear import Pattern, sparse_linear
 from torch_bregman.part import MANY, Part, beyond
-from torch_bregman.restriction import Pattern, sparse_linear
 
 pytest.importorskip("numba")
 

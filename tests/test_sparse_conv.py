@@ -12,8 +12,8 @@ from cases import FLOATS, pairwise
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_bregman.restriction.conv import ConvPattern, max_pool2d, sparse_conv2d
-from torch_bregman.restriction.csr import Pattern, sparse_linear
+from torch_bregman.multilevel.conv import ConvPattern, max_pool2d, sparse_conv2d
+from torch_bregman.multilevel.linear import Pattern, sparse_linear
 
 pytest.importorskip("numba")
 

@@ -220,6 +220,7 @@ class TargetDensity:
         self.every = every or (min(50, max(1, (total_steps or 5000) // 100)) if mode == "feedback" else 1)
         self.damping, self.ramp, self.settle = damping, ramp, settle
         self.steps, self._due = 0, False
+        self.counted = False  # see `optim.protocols.Control`
         optimizer.controls.append(self)
         self._scopes = [self._make(*scope, gain=gain) for scope in self._split(density, model)]
         for scope in self._scopes:
@@ -269,13 +270,18 @@ class TargetDensity:
         """Count a step, and move λ if it is time to. Call it after every `optimizer.step()`."""
         self.steps += 1
         levels = self.optimizer.levels
-        if levels is not None and levels.restricted:
+        if levels is None:
+            self._act(now=self._due)
+            return
+        if levels.restricted and (self.total_steps is None or self.steps < self.total_steps):
             # λ decides about all weights, and here only the live ones are at hand: it waits for the end of the phase.
-            if self.total_steps is None or self.steps < self.total_steps:
-                self._due = True
-                return
-            levels.leave()
-        self._act(now=self._due)
+            self._due = True
+        else:
+            if levels.restricted:
+                levels.leave()
+            self._act(now=self._due)
+        self.counted = True
+        levels.control_counted()
 
     def catch_up(self) -> None:
         """Move λ if it should have been moved while only a part of the weights was there (see `Multilevel`)."""

@@ -1,4 +1,4 @@
-"""`restriction.missed.make_up` in one pass over v, the moments and the gradient."""
+"""`multilevel.off_support.take_missed_steps` in one pass over v, the moments and the gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LANES = {"float32": LINE_BYTES // 4, "float64": LINE_BYTES // 8}
 
 
 @functools.cache
-def make_up(name: str) -> Any:
+def take_missed_steps(name: str) -> Any:
     """The compiled loop for one dtype, over whole cache lines; its argument is the address of the head."""
     dtype, lanes = np.dtype(name), LANES[name]
 

@@ -19,11 +19,16 @@ class Levels(Protocol):
     def leave(self) -> None:
         """Let the optimizer hold the weights themselves."""
 
+    def control_counted(self) -> None:
+        """A control has counted a step, which the next phase may have waited for."""
+
 
 class Control(Protocol):
     """Moves λ: `tb.TargetDensity`."""
 
     total_steps: int | None
+    #: Has it counted a step since `Levels` last did? They take turns: controls first, whoever is called first.
+    counted: bool
 
     def catch_up(self) -> None:
         """Move λ now if it should have been moved while only the live parts were there."""

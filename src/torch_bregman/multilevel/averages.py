@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-class Ranks:
+class LiveGradientAverage:
     """Averages gradients at the end of backward, so that clipping, a GradScaler and accumulation see averages.
 
     A forward pass inside the user's own `no_sync()` adds up gradients of this rank, as ever; the next one outside it
@@ -25,10 +25,16 @@ class Ranks:
     Args:
         ddp: the wrapped network.
         live: the live values of each weight that is restricted now.
+        before_forward: called before a forward pass that gradients will be asked of.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, live: Callable[[], Mapping[nn.Parameter, nn.Parameter]]) -> None:
-        self.ddp, self.live = ddp, live
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        live: Callable[[], Mapping[nn.Parameter, nn.Parameter]],
+        before_forward: Callable[[], None],
+    ) -> None:
+        self.ddp, self.live, self.before_forward = ddp, live, before_forward
         self._wanted = True  # by the user: not inside no_sync()
         self._ours = False  # the last forward pass ran without DDP's reducer: the averages are made here
         self._queued = False
@@ -58,6 +64,7 @@ class Ranks:
         self._wanted = self.ddp.require_backward_grad_sync
         if not torch.is_grad_enabled():
             return
+        self.before_forward()
         self._queued = False  # a backward pass that failed has left it
         restricted = bool(self.live())
         self._ours = restricted and self._wanted

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .. import kernels
 from ..kernels import DTYPES, LINE_BYTES, threads
 from ..part import Part
-from .csr import ALONE, check_values
+from .linear import ALONE, check_values
 
 PIXELS = 512 << 10  # bytes of input that a piece reads at most, if it can: a part of the level-2 cache
 PIECES = 16  # that the work is cut into at least, if it can be

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..network.trace import leaving_unchanged
 from ..part import Part
-from .layers import Form, Seen
+from .forms import SparseForm
+from .layers import SeenInput
 
-MARGIN = 0.9  # the sparse form must take less than this share of the dense one's time
+FASTER = 0.9  # the sparse form must take less than this share of the dense one's time
 ABLE = 3.0  # up to this multiple of it, its neighbours may make up for it
 ROUNDS = 3
 
@@ -37,7 +38,7 @@ class Choice:
 
 def faster(density: float, dense: float, sparse: float) -> Choice:
     """The faster way through a layer, by its seconds."""
-    return Choice("sparse" if sparse < MARGIN * dense else "dense", density, dense, sparse)
+    return Choice("sparse" if sparse < FASTER * dense else "dense", density, dense, sparse)
 
 
 class Timings:
@@ -49,7 +50,9 @@ class Timings:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def layer(self, module: nn.Module, form: Form, weight: Tensor, where: Part, seen: Seen) -> tuple[float, float]:
+    def layer(
+        self, module: nn.Module, form: SparseForm, weight: Tensor, where: Part, seen: SeenInput
+    ) -> tuple[float, float]:
         """Seconds of a training pass through `module` for such an input, dense and with the entries `where` alone."""
         key = (
             f"{form.name} {tuple(weight.shape)} {weight.dtype} {seen.shape} {seen.needs_grad} "
@@ -102,13 +105,13 @@ def _rounded(density: float) -> str:
     return f"{2 ** (round(2 * math.log2(max(density, 2.0**-30))) / 2):.2%}"
 
 
-def _inputs(weight: Tensor, seen: Seen) -> Tensor:
+def _inputs(weight: Tensor, seen: SeenInput) -> Tensor:
     x = torch.randn(seen.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
     lies = torch.empty_strided(seen.shape, seen.stride, dtype=weight.dtype) if 0 not in seen.stride else x
     return lies.copy_(x).requires_grad_(seen.needs_grad)
 
 
-def _dense(module: nn.Module, form: Form, full: Tensor, where: Part, seen: Seen) -> Callable[[], object]:
+def _dense(module: nn.Module, form: SparseForm, full: Tensor, where: Part, seen: SeenInput) -> Callable[[], object]:
     """A training pass with dense arithmetic, as far as the gradient of the live weights, and what follows a step."""
     x, weight = _inputs(full, seen), full.detach().clone().requires_grad_()
     asked = [weight, x] if seen.needs_grad else [weight]
@@ -121,14 +124,14 @@ def _dense(module: nn.Module, form: Form, full: Tensor, where: Part, seen: Seen)
     return run
 
 
-def _sparse(module: nn.Module, form: Form, full: Tensor, live: Part, seen: Seen) -> Callable[[], object]:
+def _sparse(module: nn.Module, form: SparseForm, full: Tensor, live: Part, seen: SeenInput) -> Callable[[], object]:
     """The same with the live weights alone."""
     x, weight, where = _inputs(full, seen), full.detach().clone(), form.pattern(full, live.entries)
     values = where.restrict(full).requires_grad_()
     asked = [values, x] if seen.needs_grad else [values]
 
     def run() -> None:
-        y = form.sparse(module, x, values, where, None, None, False)
+        y = form.compute(module, x, values, where)
         where.prolong(torch.autograd.grad(y.sum(), asked)[0], weight)
 
     return run

@@ -1,8 +1,13 @@
-"""What weights off the support have missed in a coarse phase, as far as one fine gradient can tell."""
+"""How v moves off the support around a fine step, beyond the step itself.
+
+Off the support v stands still in the coarse phases. There are two ways to let it move further in the fine steps: by a
+factor, or by what it has missed, as far as one fine gradient can tell.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,16 +16,69 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import DTYPES, threads
+from ..optim import BregmanOptimizer
 from ..optim.onepass.plan import without_gaps
 from ..part import Part
 from ..regularizers import Regularizer
+from .exchange import Exchanged
 
 FEW = 1 << 16  # entries up to which compiling a kernel is not worth it
 INSIDE = 1 - 1e-4  # of the threshold, so that rounding carries no group over it
 
 
+class OffSupport:
+    r"""The further way of v off the support, in two settings.
+
+    .. code-block:: text
+
+        boost c      v ← v⁻ + c (v⁺ − v⁻)             after a fine step that took v from v⁻ to v⁺ [ML]
+        catch up     v ← v − m τ s m̂₁ / (√m̂₂ + ε)     before the first fine step after m coarse ones of AdaBreg
+
+    θ follows a boosted v at once. Where v catches up it stays within ∂J(0), so that θ does with the step.
+
+    Args:
+        optimizer: whose v is moved.
+        catches_up: whether v catches up.
+    """
+
+    def __init__(self, optimizer: BregmanOptimizer, *, catches_up: bool) -> None:
+        self.optimizer, self.catches_up = optimizer, catches_up
+        self._missed: tuple[int, list[Exchanged]] = (
+            0,
+            [],
+        )  # coarse steps of a phase that has just ended, and its parts
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, v and the support, before a step
+
+    def phase_ended(self, steps: int, parts: list[Exchanged]) -> None:
+        """A coarse phase of so many steps with these parts has ended, and a fine step comes next."""
+        self._missed = (steps, list(parts)) if self.catches_up else (0, [])
+
+    def before_step(self, boost: float, weights: Iterable[tuple[Tensor, Regularizer]]) -> None:
+        """Let v catch up; for a boost, note where v is. `weights`: those off whose support v is boosted."""
+        steps, parts = self._missed
+        self._missed = (0, [])
+        for part in parts:
+            state, full = self.optimizer.state[part.live.full], part.live.full
+            if part.regularizer is not None and full.grad is not None and "exp_avg" in state:
+                group = self.optimizer.param_groups[part.group]
+                take_missed_steps(full, state, group, part.regularizer, part.live.where, steps)
+        self._before = [
+            (p, self.optimizer.state[p]["dual"].clone(), reg.coupled(p != 0))
+            for p, reg in (weights if boost != 1 else ())
+            if p.grad is not None
+        ]
+
+    def after_step(self, boost: float) -> None:
+        """Take v further, by `boost`."""
+        for p, before, support in self._before:
+            dual = self.optimizer.state[p]["dual"]
+            dual.copy_(torch.where(support, dual, before + boost * (dual - before)))
+            self.optimizer.write(p)
+        self._before = []
+
+
 @torch.no_grad()
-def make_up(
+def take_missed_steps(
     weight: Tensor, state: dict[str, Any], group: dict[str, Any], reg: Regularizer, seen: Part, missed: int
 ) -> None:
     r"""Before a fine step of AdaBreg: let v move as it would have in the `missed` steps, where the gradients agree.
@@ -92,6 +150,6 @@ def _by_kernel(tensors: tuple[Tensor, ...], numbers: list[float]) -> int:
     size = v.numel() - v.numel() % kernel.LANES[name]
     given = np.array(numbers, dtype=name)
     head = np.array([0, size, *(t.data_ptr() for t in tensors), given.ctypes.data], np.int64)
-    threads.run(kernel.make_up(name), head.ctypes.data, alone=False)
+    threads.run(kernel.take_missed_steps(name), head.ctypes.data, alone=False)
     torch.autograd.graph.increment_version([tensors[0], tensors[2]])
     return size

@@ -1,0 +1,20 @@
+"""Training that alternates between the full network and its live part: the cycle, and what it needs.
+
+| file | idea |
+|---|---|
+| `cycle` | the phases, their counts, the state that is saved |
+| `supports` | which weights can be restricted, and to what |
+| `exchange` | the optimizer holds live parts in place of weights |
+| `live`, `waiting` | a weight and its live part, written when somebody looks |
+| `off_support` | how v moves further in the fine steps |
+| `contest`, `choice`, `report` | what computes how, decided by timing |
+| `modules`, `watch`, `layers`, `sequential`, `network_watch` | standing between modules and their calls |
+| `forms`, `linear`, `conv` | layers that compute with live entries alone |
+| `compact` | the smaller dense network where whole units are dead |
+| `averages` | the ranks of a DistributedDataParallel |
+"""
+
+from .cycle import Multilevel
+from .report import Report
+
+__all__ = ["Multilevel", "Report"]

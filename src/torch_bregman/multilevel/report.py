@@ -1,0 +1,38 @@
+"""How the layers computed in the last coarse phase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .choice import Choice
+
+
+@dataclass(frozen=True)
+class Report:
+    """Per layer, and for the whole network, what was chosen and the seconds of a training pass both ways."""
+
+    choices: dict[str, Choice]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """As plain values: layer, computes, density, dense_ms, sparse_ms."""
+        return [
+            {
+                "layer": name, "computes": choice.kind, "density": choice.density,
+                "dense_ms": 1e3 * choice.dense, "sparse_ms": 1e3 * choice.sparse,
+            }
+            for name, choice in self.choices.items()
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        lines = [["layer", "computes", "density", "dense ms", "sparse ms", "faster"]]
+        for name, choice in self.choices.items():
+            times = [f"{1e3 * choice.dense:.3f}", f"{1e3 * choice.sparse:.3f}", f"{choice.dense / choice.sparse:.1f} x"]
+            lines.append([name, choice.kind, f"{choice.density:.3%}", *times])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        )
