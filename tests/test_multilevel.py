@@ -237,6 +237,28 @@ def test_compact_networks_have_the_gradients_of_the_whole(seed: int, monkeypatch
         torch.testing.assert_close(model(x), twin(x))
 
 
+def test_filters_of_a_depthwise_layer_rest_with_their_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are alive and restricted, but the filters that fed some of them are dead."""
+    monkeypatch.setattr(choice, "FASTER", float("inf"))
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(96, 3),
+    )  # fmt: skip
+    model[0].weight.data[[1, 2, 4]] = 0
+    model[3].weight.data[[0, 2, 4]] = 0
+    optimizer = tb.LinBreg(tb.param_groups(model, {"6.*": None, nn.Conv2d: tb.GroupL1("filters")}, lam=0.01), lr=0.02)
+    levels = tb.Multilevel(model, optimizer, coarse_steps=4)
+    train(model, optimizer, range(1), levels.step, shape=(2, 8, 8))
+    assert levels.choices["(network)"].kind == "compact"
+    x, y = batch(7, (2, 8, 8))
+    twin, before = copy.deepcopy(model), model[3].weight.detach().clone()
+    torch.testing.assert_close(F.cross_entropy(model(x), y), F.cross_entropy(twin(x), y))
+    train(model, optimizer, range(1, 5), levels.step, shape=(2, 8, 8))
+    moved = (model[3].weight != before).flatten(1).any(1)
+    assert moved.tolist() == [False, False, False, True, False, True]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_compact_network_on_a_gpu_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +500,79 @@ def test_the_density_is_reached_in_either_order_of_calls(order: str, form: str) 
         if i > 20:
             assert 0.1 < tb.density(model) < 0.21  # within a phase weights only disappear
     assert tb.density(model) == pytest.approx(0.2, abs=2e-3)
+
+
+@pairwise(
+    {
+        "order": [(0, 1, 2), (2, 0, 1), (0, 2, 1)],
+        "coarse": [None, 3, 4],
+        "margin": [0.0, 1.0],
+        "mode": ["feedback", "exact"],
+        "stop": [1, 2, 5, 8, 13, 19],
+    }
+)
+def test_the_order_of_the_calls_does_not_matter_bit_for_bit(
+    order: tuple[int, ...], coarse: int | None, margin: float, mode: str, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two controls and Multilevel called in this order, stopped and gone on with, against controls first throughout."""
+    for name in ("FASTER", "ABLE"):
+        monkeypatch.setattr(choice, name, float("inf"))
+
+    def make() -> tuple[list[Any], list[Callable[[], Any]]]:
+        model = mlp()
+        weights, biases = tb.param_groups(model, tb.L1())
+        kept = {**weights, "params": weights["params"][2:], "lam": 0.05}
+        optimizer = tb.AdaBreg([{**weights, "params": weights["params"][:2]}, kept, biases], lr=0.01)
+        options: Any = {"mode": mode, "total_steps": 24, "every": 2}
+        one = tb.TargetDensity(optimizer, [0.25, None, None], **options)
+        two = tb.TargetDensity(optimizer, [None, 0.4, None], **options)
+        levels = tb.Multilevel(model, optimizer, coarse, margin=margin)
+        return [model, optimizer, one, two, levels], [one.step, two.step, levels.step]
+
+    if coarse is None and not kernels.available():
+        pytest.skip("needs numba")
+    (first, calls), (second, others) = make(), make()
+    train(first[0], first[1], range(24), *calls)
+    train(second[0], second[1], range(stop), *(others[i] for i in order))
+    saved, (third, again) = copy.deepcopy([part.state_dict() for part in second]), make()
+    for part, state in zip(third, saved, strict=True):
+        part.load_state_dict(state)
+    train(third[0], third[1], range(stop, 24), *(again[i] for i in order))
+    for p, q in zip(first[0].parameters(), third[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+    same(first[1], third[1], rtol=0, atol=0)
+    assert first[4].counts == third[4].counts
+    assert first[4].counts["coarse"] > 0
+    assert (first[4].flops, first[4].left) == (third[4].flops, third[4].left)
+
+
+@pytest.mark.parametrize("looks", ["at nothing", "between the calls"])
+def test_a_step_that_waits_for_a_control_is_saved_and_never_lost(looks: str) -> None:
+    """Stopped between the calls of both; and a control that is not called any more holds nothing up."""
+
+    def make() -> list[Any]:
+        model = mlp()
+        optimizer = tb.AdaBreg(tb.param_groups(model, tb.L1(), lam=0.05), lr=0.01)
+        control = tb.TargetDensity(optimizer, 0.25, every=2)
+        return [model, optimizer, control, tb.Multilevel(model, optimizer, coarse_steps=2)]
+
+    one, two = make(), make()
+    train(one[0], one[1], range(12), one[2].step, one[3].step)
+    for i in range(12):
+        train(two[0], two[1], range(i, i + 1), two[3].step)
+        if looks == "between the calls":
+            saved, two = copy.deepcopy([part.state_dict() for part in two]), make()
+            for part, state in zip(two, saved, strict=True):
+                part.load_state_dict(state)
+        two[2].step()
+    for p, q in zip(one[0].parameters(), two[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+    same(one[1], two[1], rtol=0, atol=0)
+    assert one[3].counts == two[3].counts == {"fine": 4, "coarse": 8}
+    train(two[0], two[1], range(12, 18), two[3].step)
+    assert two[3].counts.total() == 17  # the last one waits
+    two[0](batch(0)[0])
+    assert two[3].counts == {"fine": 6, "coarse": 12}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

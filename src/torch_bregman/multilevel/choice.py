@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,12 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..network.trace import leaving_unchanged
 from ..part import Part
+from ..timing import race
 from .forms import SparseForm
 from .layers import SeenInput
 
 FASTER = 0.9  # the sparse form must take less than this share of the dense one's time
 ABLE = 3.0  # up to this multiple of it, its neighbours may make up for it
-ROUNDS = 3
+CALLS = 3  # that are timed, after one that may compile
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,7 @@ class Timings:
 
     def _time(self, key: str, make: Callable[[], Callable[[], object]]) -> float:
         if key not in self.seconds:
-            run, best = make(), math.inf
-            for i in range(ROUNDS + 1):
-                start = time.perf_counter()
-                run()
-                best = min(best, time.perf_counter() - start) if i else best  # the first call may compile
-            self.seconds[key] = best
+            self.seconds[key] = min(race({key: make()}, 1, calls=CALLS)[key][0])
         return self.seconds[key]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..text import table
 from .choice import Choice
 
 
@@ -29,10 +30,4 @@ class Report:
         for name, choice in self.choices.items():
             times = [f"{1e3 * choice.dense:.3f}", f"{1e3 * choice.sparse:.3f}", f"{choice.dense / choice.sparse:.1f} x"]
             lines.append([name, choice.kind, f"{choice.density:.3%}", *times])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
+        return table(lines, left=(0, 1))

@@ -28,8 +28,6 @@ class Cut:
         outputs: the outputs that remain.
         alive: those of `outputs` whose rows are trained; of a norm, all.
         inputs: the inputs that remain; None for a module that works channel by channel.
-        constant: what the removed inputs contribute to `outputs`: [len(outputs)], or [len(outputs), *positions] where
-            a zero padding makes it depend on the position; None if it is zero.
         input_constants: the constants of the inputs that were left out, in their order (float64).
         norm_constants: of a norm, the constant that every removed channel takes in (float64; 0 elsewhere).
     """
@@ -37,7 +35,6 @@ class Cut:
     outputs: Tensor
     alive: Tensor
     inputs: Tensor | None = None
-    constant: Tensor | None = None
     input_constants: Tensor | None = None
     norm_constants: Tensor | None = None
 
@@ -56,24 +53,7 @@ def cut_of(call: Call, removed: Tensor) -> Cut | None:
     lost = removed[call.source.ids]
     if len(alive) == len(gone) and not lost.any():
         return None
-    constant = _constant(call, outputs, lost & (call.source.value != 0))
-    return Cut(outputs, alive, (~lost).nonzero().view(-1), constant, call.source.value[lost])
-
-
-@torch.no_grad()
-def _constant(call: Call, outputs: Tensor, lost: Tensor) -> Tensor | None:
-    if not lost.any():
-        return None
-    module: Any = call.module
-    kind, weight = kinds.of(module), module.weight
-    at = lost.nonzero().view(-1)
-    values = call.source.value[at].to(weight)
-    weight = weight.index_select(1, at.to(weight.device)).index_select(0, outputs.to(weight.device))
-    if not kind.padded(module):
-        return weight.flatten(2).sum(2) @ values if weight.dim() > 2 else weight @ values
-    image = kind.constant_image(module, weight, values, call.positions)
-    first = image.flatten(1)[:, 0]
-    return first if bool((image.flatten(1) == first[:, None]).all()) else image
+    return Cut(outputs, alive, (~lost).nonzero().view(-1), call.source.value[lost])
 
 
 class TrainingWalk(Walk):
