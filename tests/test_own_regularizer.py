@@ -194,11 +194,13 @@ def test_fused_is_the_readable_step(kind, regularizer):
 
 
 @pytest.mark.parametrize("kind", [tb.LinBreg, tb.AdaBreg], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("regularizer", ALL[:3], ids=repr)
+@pytest.mark.parametrize("regularizer", ALL, ids=repr)
 def test_multilevel(kind, regularizer):
     """The traits let the live part be trained alone; without them the weight is trained as ever, and nothing fails."""
-    model = network()
+    model = tb.sparse_init_(network(), 0.3, groups="rows" if regularizer.outputs else None)
     optimizer = make(kind, model, regularizer)
+    if regularizer.outputs:  # Adam's first step would carry every row over a small threshold
+        optimizer.param_groups[0]["lam"] = 0.3
     before = F.cross_entropy(model(X), Y).item()
     levels = tb.Multilevel(model, optimizer, coarse_steps=4)
     live = []
