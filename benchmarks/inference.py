@@ -18,13 +18,13 @@ which our loops leave out at batch 1).
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import logging
 import os
 import platform
 import random
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import paired
 from torch import Tensor, nn
 
 import torch_bregman as tb
@@ -78,22 +79,6 @@ def exported(net: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
     return lambda: session.run(None, {name: value})[0]
 
 
-def paired(jobs: dict[str, Callable[[], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
-    """Microseconds of a call in every round."""
-    took: dict[str, list[float]] = {name: [] for name in jobs}
-    for round_ in range(rounds + warm):
-        for name in random.sample(list(jobs), len(jobs)):
-            time.sleep(0.01)
-            for _ in range(3):
-                jobs[name]()
-            start = time.perf_counter()
-            for _ in range(3):
-                jobs[name]()
-            if round_ >= warm:
-                took[name].append(1e6 * (time.perf_counter() - start) / 3)
-    return took
-
-
 def compare(label: str, net: nn.Module, x: Tensor, options: argparse.Namespace, *, show: bool = False) -> None:
     """One line of the table."""
     torch.compiler.reset()
@@ -106,7 +91,10 @@ def compare(label: str, net: nn.Module, x: Tensor, options: argparse.Namespace, 
         gap = max((y - wanted).abs().max().item() for y in (ours(x), compiled(x), torch.from_numpy(session()))) / scale
         assert gap < 1e-4, gap
         jobs = {"ours": lambda: ours(x), "eager": lambda: net(x), "compile": lambda: compiled(x), "onnx": session}
-        took = paired(jobs, options.rounds)
+        took = {
+            name: [1e6 * seconds for seconds in row]
+            for name, row in paired(jobs, options.rounds, untimed=3, calls=3, pause=0.01).items()
+        }
     middle = {name: statistics.median(times) for name, times in took.items()}
     rival = min(("compile", "onnx"), key=middle.__getitem__)
     low, ratio, high = statistics.quantiles([a / b for a, b in zip(took[rival], took["ours"], strict=True)], n=4)
@@ -144,15 +132,11 @@ def resnet(options: argparse.Namespace) -> None:
         net, x = quarter(aligned), torch.randn(16, 3, 32, 32)
         small, wanted = tb.shrink(net, (x,)), net(x)
         networks = {"dense": net, "shrunk": small.model, "optimize_for_inference": optimize_for_inference(net, (x,))}
-        times: dict[str, list[float]] = {name: [] for name in networks}
         for name, network in networks.items():
             error = float((network(x) - wanted).abs().max() / wanted.abs().max())
             assert error < 1e-5, f"{name} differs by {error}"
-        for _ in range(options.rounds):
-            for name in random.sample(list(networks), len(networks)):
-                start = time.perf_counter()
-                networks[name](x)
-                times[name].append(time.perf_counter() - start)
+        jobs = {name: functools.partial(network, x) for name, network in networks.items()}
+        times = paired(jobs, options.rounds, skip=0)
         before, after = small.report.parameters
         label = "aligned" if aligned else "free"
         print(f"\nResNet-18, 25 % of the filters ({label}), batch 16: {before:,} -> {after:,} parameters", flush=True)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import platform
-import random
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from common import Job, paired, parts
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,36 +23,17 @@ from torch_bregman.multilevel.linear import Pattern, sparse_linear
 
 SHAPES = [(64, 64, 5, 0, 12), (64, 64, 3, 1, 32), (256, 256, 3, 1, 8)]  # in, out, kernel, padding, size
 DENSITIES = [0.1, 0.05, 0.02, 0.01]
-Jobs = dict[str, Callable[[], object]]
+Jobs = dict[str, Job]
 
 
 def batch_last(x: Tensor) -> Tensor:
     return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
-def parts(layer: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, upstream: Tensor) -> Jobs:
-    """Each part alone: a function of autograd computes the gradients of all inputs that ask for one."""
-    a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    to_input, to_weights = layer(a, weight), layer(x, w)
-    return {
-        "forward": lambda: layer(x, weight),
-        "to input": lambda: torch.autograd.grad(to_input, a, upstream, retain_graph=True),
-        "to weights": lambda: torch.autograd.grad(to_weights, w, upstream, retain_graph=True),
-    }
-
-
 def measure(jobs: dict[str, Jobs], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of every call, in random order."""
-    order = [(kind, part) for kind in jobs for part in jobs[kind]]
-    seconds: dict[str, dict[str, list[float]]] = {kind: {part: [] for part in jobs[kind]} for kind in jobs}
-    for round_ in range(rounds + 2):
-        random.shuffle(order)
-        for kind, part in order:
-            start = time.perf_counter()
-            jobs[kind][part]()
-            if round_ >= 2:
-                seconds[kind][part].append(time.perf_counter() - start)
-    return seconds
+    seconds = paired({(kind, part): job for kind, some in jobs.items() for part, job in some.items()}, rounds)
+    return {kind: {part: seconds[kind, part] for part in some} for kind, some in jobs.items()}
 
 
 def compare(jobs: dict[str, Jobs], rounds: int) -> list[tuple[str, float, float, float]]:

@@ -9,32 +9,16 @@ from __future__ import annotations
 
 import argparse
 import platform
-import random
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from common import paired, parts
 from torch.nn import functional as F
 
 from torch_bregman.multilevel.linear import Pattern, sparse_linear
 
 SHAPES = [(1024, 4096), (4096, 1024), (4096, 4096), (200, 784)]
 DENSITIES = [0.1, 0.05, 0.02, 0.01]
-
-
-def parts(
-    layer: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, upstream: Tensor
-) -> dict[str, Callable[[], object]]:
-    """Each part alone: a function of autograd computes the gradients of all inputs that ask for one."""
-    a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    to_input, to_weights = layer(a, weight), layer(x, w)
-    return {
-        "forward": lambda: layer(x, weight),
-        "to input": lambda: torch.autograd.grad(to_input, a, upstream, retain_graph=True),
-        "to weights": lambda: torch.autograd.grad(to_weights, w, upstream, retain_graph=True),
-    }
 
 
 def main() -> None:
@@ -65,15 +49,7 @@ def compare(n: int, out: int, density: float, batch: int, rounds: int) -> list[t
         "dense": parts(lambda x, w: F.linear(x, w, bias), x.contiguous(), weight, upstream.contiguous()),
         "sparse": parts(lambda x, w: sparse_linear(x, w, bias, pattern), x, values, upstream),
     }
-    order = [(kind, part) for kind in jobs for part in jobs[kind]]
-    seconds: dict[tuple[str, str], list[float]] = {at: [] for at in order}
-    for round_ in range(rounds + 2):
-        random.shuffle(order)
-        for at in order:
-            start = time.perf_counter()
-            jobs[at[0]][at[1]]()
-            if round_ >= 2:
-                seconds[at].append(time.perf_counter() - start)
+    seconds = paired({(kind, part): job for kind, some in jobs.items() for part, job in some.items()}, rounds)
     found = []
     for part in jobs["dense"]:
         dense, sparse = seconds["dense", part], seconds["sparse", part]

@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from common import paired
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,21 +58,13 @@ def step_of(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor, levels: Any 
     return step
 
 
-def paired(jobs: dict[str, Callable[[], None]], rounds: int, warm: int = 3) -> dict[str, list[float]]:
+def steps_of(jobs: dict[str, Callable[[], None]], rounds: int, warm: int = 3) -> dict[str, list[float]]:
     """Milliseconds of a step; in each round all jobs in random order, four steps each of which three are timed.
 
     Steps follow each other as they do in training: after one of another network the caches hold nothing of this one.
     """
-    took: dict[str, list[float]] = {name: [] for name in jobs}
-    for round_ in range(rounds + warm):
-        for name in random.sample(list(jobs), len(jobs)):
-            jobs[name]()
-            start = time.perf_counter()
-            for _ in range(3):
-                jobs[name]()
-            if round_ >= warm:
-                took[name].append(1e3 * (time.perf_counter() - start) / 3)
-    return took
+    took = paired(jobs, rounds, skip=warm, untimed=1, calls=3)
+    return {name: [1e3 * seconds for seconds in row] for name, row in took.items()}
 
 
 def line(label: str, took: dict[str, list[float]], note: str = "") -> None:
@@ -133,12 +124,12 @@ def steps(rounds: int) -> None:
     for kind, densities in (("LinBreg", (0.05, 0.02, 0.01)), ("AdaBreg", (0.05, 0.02, 0.01))):
         for density in densities:
             jobs, levels = coarse(large_mlp, IMAGE, 128, kind, density)
-            line(f"MLP 784-4096-4096-10, {kind}, {density:.0%}", paired(jobs, rounds), computes(levels))
+            line(f"MLP 784-4096-4096-10, {kind}, {density:.0%}", steps_of(jobs, rounds), computes(levels))
     for density in (0.1, 0.03):
         jobs, levels = coarse(convnet, IMAGE, 128, "LinBreg", density)
-        line(f"the paper's ConvNet, LinBreg, {density:.0%}", paired(jobs, 3 * rounds), computes(levels))
+        line(f"the paper's ConvNet, LinBreg, {density:.0%}", steps_of(jobs, 3 * rounds), computes(levels))
     jobs, levels = coarse(mlp, IMAGE, 128, "AdaBreg", 0.05)
-    line("MLP 784-200-80-10, AdaBreg, 5%", paired(jobs, 20 * rounds), computes(levels))
+    line("MLP 784-200-80-10, AdaBreg, 5%", steps_of(jobs, 20 * rounds), computes(levels))
 
 
 def groups(rounds: int, device: str) -> None:
@@ -153,7 +144,7 @@ def groups(rounds: int, device: str) -> None:
         jobs, levels = coarse(make, shape, batch, "LinBreg", density, groups=True, device=device)
         if device != "cpu":
             jobs = {name: synchronised(job) for name, job in jobs.items()}
-        line(f"{label}, batch {batch}", paired(jobs, max(3, rounds // 3)), computes(levels))
+        line(f"{label}, batch {batch}", steps_of(jobs, max(3, rounds // 3)), computes(levels))
 
 
 def synchronised(job: Callable[[], None]) -> Callable[[], None]:
@@ -183,7 +174,7 @@ def small(rounds: int) -> None:
             all_levels.append(tb.Multilevel(model, optimizer) if name == "ours" else None)
             jobs[name] = step_of(model, optimizer, x, y, all_levels[-1])
         large = make is large_mlp
-        took = paired(jobs, rounds if large else 20 * rounds, warm=5 if large else 250)
+        took = steps_of(jobs, rounds if large else 20 * rounds, warm=5 if large else 250)
         line(label, took, f"fine steps {all_levels[1].counts['fine']}, coarse {all_levels[1].counts['coarse']}")
 
 

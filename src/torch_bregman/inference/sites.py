@@ -144,8 +144,6 @@ class Traced:
 class Untraced:
     """A network that torch.fx cannot trace: its Linear and Conv2d one by one."""
 
-    folded = 0
-
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.module, self.sites = model, list[Site]()
         seen: dict[str, list[Any]] = {}
