@@ -19,6 +19,7 @@ from numba import carray
 
 from . import BAND
 from .step import compiled, function, inlined
+from .sums import add_four
 from .vector import LINE_BYTES, claim, fma, load, pointer, prefetch, select, some, splat, store, total
 
 COUNTER, ROWS, CHUNK, WIDTH, START, COLUMN, VALUE, X, Y, BIAS, SOURCE, PLACE, LONGEST, BLOCKS, RELU = range(15)
@@ -44,14 +45,9 @@ def _eight(values, columns, x, y, b, width, at, first, last, lanes, fresh, zero,
     for k in range(first, last):
         w = splat(values[k])
         i = columns[k] * width + at
-        s0 = fma(w, load(x, i), s0)
-        s1 = fma(w, load(x, i + lanes), s1)
-        s2 = fma(w, load(x, i + 2 * lanes), s2)
-        s3 = fma(w, load(x, i + 3 * lanes), s3)
-        s4 = fma(w, load(x, i + 4 * lanes), s4)
-        s5 = fma(w, load(x, i + 5 * lanes), s5)
-        s6 = fma(w, load(x, i + 6 * lanes), s6)
-        s7 = fma(w, load(x, i + 7 * lanes), s7)
+        j = i + 4 * lanes
+        s0, s1, s2, s3 = add_four(w, x, i, i + lanes, i + 2 * lanes, i + 3 * lanes, s0, s1, s2, s3)
+        s4, s5, s6, s7 = add_four(w, x, j, j + lanes, j + 2 * lanes, j + 3 * lanes, s4, s5, s6, s7)
     store(y, at, _rectified(s0, zero, relu))
     store(y, at + lanes, _rectified(s1, zero, relu))
     store(y, at + 2 * lanes, _rectified(s2, zero, relu))

@@ -24,6 +24,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from .step import compiled, inlined
+from .sums import add_four
 from .vector import LINE_BYTES, _call, _data, _llvm, _of_vector, claim, clamp, fma, load, pointer, select, splat, store
 
 LANES = LINE_BYTES // 4
@@ -271,33 +272,19 @@ def panels() -> Any:
                             s4, s5, s6, s7 = initial, initial, initial, initial
                             for k in range(first, last):
                                 v, at = splat(_at(values, k)), np.int64(_at(offset, k))
-                                s0, s1 = fma(v, load(room, at + c0), s0), fma(v, load(room, at + c1), s1)
-                                s2, s3 = fma(v, load(room, at + c2), s2), fma(v, load(room, at + c3), s3)
-                                s4, s5 = fma(v, load(room, at + c4), s4), fma(v, load(room, at + c5), s5)
-                                s6, s7 = fma(v, load(room, at + c6), s6), fma(v, load(room, at + c7), s7)
+                                s0, s1, s2, s3 = add_four(v, room, at + c0, at + c1, at + c2, at + c3, s0, s1, s2, s3)
+                                s4, s5, s6, s7 = add_four(v, room, at + c4, at + c5, at + c6, at + c7, s4, s5, s6, s7)
                             if window == 4:
                                 s0 = _larger(_larger(s0, s1), _larger(s2, s3))
                                 s4 = _larger(_larger(s4, s5), _larger(s6, s7))
                                 store(room, to + _at(go, p), clamp(s0, low, high))
                                 store(room, to + _at(go, p + 4), clamp(s4, low, high))
                             elif window == 1:
-                                store(room, to + _at(go, p), clamp(s0, low, high))
-                                store(room, to + _at(go, p + 1), clamp(s1, low, high))
-                                store(room, to + _at(go, p + 2), clamp(s2, low, high))
-                                store(room, to + _at(go, p + 3), clamp(s3, low, high))
-                                store(room, to + _at(go, p + 4), clamp(s4, low, high))
-                                store(room, to + _at(go, p + 5), clamp(s5, low, high))
-                                store(room, to + _at(go, p + 6), clamp(s6, low, high))
-                                store(room, to + _at(go, p + 7), clamp(s7, low, high))
+                                _store_four(room, to, go, p, s0, s1, s2, s3, low, high)
+                                _store_four(room, to, go, p + 4, s4, s5, s6, s7, low, high)
                             else:
-                                best = _pooled(room, to + _at(go, p), _at(new, p), s0, best, low, high)
-                                best = _pooled(room, to + _at(go, p + 1), _at(new, p + 1), s1, best, low, high)
-                                best = _pooled(room, to + _at(go, p + 2), _at(new, p + 2), s2, best, low, high)
-                                best = _pooled(room, to + _at(go, p + 3), _at(new, p + 3), s3, best, low, high)
-                                best = _pooled(room, to + _at(go, p + 4), _at(new, p + 4), s4, best, low, high)
-                                best = _pooled(room, to + _at(go, p + 5), _at(new, p + 5), s5, best, low, high)
-                                best = _pooled(room, to + _at(go, p + 6), _at(new, p + 6), s6, best, low, high)
-                                best = _pooled(room, to + _at(go, p + 7), _at(new, p + 7), s7, best, low, high)
+                                best = _pooled_four(room, to, go, new, p, s0, s1, s2, s3, best, low, high)
+                                best = _pooled_four(room, to, go, new, p + 4, s4, s5, s6, s7, best, low, high)
                             p += 8
                         elif n - p >= 4:
                             c1, c2 = np.int64(_at(come, p + 1)), np.int64(_at(come, p + 2))
@@ -305,12 +292,8 @@ def panels() -> Any:
                             s0, s1, s2, s3 = initial, initial, initial, initial
                             for k in range(first, last):
                                 v, at = splat(_at(values, k)), np.int64(_at(offset, k))
-                                s0, s1 = fma(v, load(room, at + c0), s0), fma(v, load(room, at + c1), s1)
-                                s2, s3 = fma(v, load(room, at + c2), s2), fma(v, load(room, at + c3), s3)
-                            best = _pooled(room, to + _at(go, p), _at(new, p), s0, best, low, high)
-                            best = _pooled(room, to + _at(go, p + 1), _at(new, p + 1), s1, best, low, high)
-                            best = _pooled(room, to + _at(go, p + 2), _at(new, p + 2), s2, best, low, high)
-                            best = _pooled(room, to + _at(go, p + 3), _at(new, p + 3), s3, best, low, high)
+                                s0, s1, s2, s3 = add_four(v, room, at + c0, at + c1, at + c2, at + c3, s0, s1, s2, s3)
+                            best = _pooled_four(room, to, go, new, p, s0, s1, s2, s3, best, low, high)
                             p += 4
                         elif n - p >= 2:
                             c1 = np.int64(_at(come, p + 1))
@@ -347,6 +330,24 @@ def _pooled(room, at, new, s, best, low, high):
     best = s if new else _larger(best, s)
     store(room, at, clamp(best, low, high))
     return best
+
+
+@inlined
+def _pooled_four(room, to, go, new, p, s0, s1, s2, s3, best, low, high):
+    """The same for four positions."""
+    best = _pooled(room, to + _at(go, p), _at(new, p), s0, best, low, high)
+    best = _pooled(room, to + _at(go, p + 1), _at(new, p + 1), s1, best, low, high)
+    best = _pooled(room, to + _at(go, p + 2), _at(new, p + 2), s2, best, low, high)
+    return _pooled(room, to + _at(go, p + 3), _at(new, p + 3), s3, best, low, high)
+
+
+@inlined
+def _store_four(room, to, go, p, s0, s1, s2, s3, low, high):
+    """Put down four positions, where no pooling follows."""
+    store(room, to + _at(go, p), clamp(s0, low, high))
+    store(room, to + _at(go, p + 1), clamp(s1, low, high))
+    store(room, to + _at(go, p + 2), clamp(s2, low, high))
+    store(room, to + _at(go, p + 3), clamp(s3, low, high))
 
 
 @functools.cache
