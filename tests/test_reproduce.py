@@ -23,7 +23,6 @@ from reproduce.page import comparison, overview, results_page, write_page
 from reproduce.recipes import Row, find_recipes, read_experiment, read_experiments
 from reproduce.results import named_now, read_results, summarise
 from reproduce.variance import variances
-from torch_bregman import cli
 from torch_bregman.cli import main
 from torch_bregman.models import build
 from torch_bregman.train.errors import RunError, Stopped
@@ -403,7 +402,7 @@ def test_a_recipe_without_rows_and_a_folder_without_recipes(clone, capsys, tmp_p
 
 
 def test_from_a_wheel_the_command_says_that_it_needs_a_clone(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "EXPERIMENTS", tmp_path / "env" / "lib" / "experiments")
+    monkeypatch.setattr("torch_bregman.cli.reproduce.EXPERIMENTS", tmp_path / "env" / "lib" / "experiments")
     assert "clone the repository, and install it there with pip install -e" in fails(capsys)
 
 
