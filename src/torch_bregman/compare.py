@@ -1,4 +1,4 @@
-"""Whether two networks compute the same: how far outputs are apart, as a share of the largest one.
+"""Whether two networks compute the same: inputs to try, and how far outputs are apart, as a share of the largest one.
 
 What is allowed is for the caller to say: 1e-5 of float32 sums in another order, 1e-9 of the same ones in float64.
 """
@@ -50,3 +50,16 @@ def _near(found: Any, wanted: Any, tolerance: float) -> bool:
     if not isinstance(found, Tensor) or found.dtype != wanted.dtype:
         return False
     return difference(found, wanted) <= tolerance
+
+
+def random_like(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random entries like those of x: noise of the same size, else a random choice of what is there.
+
+    For whole numbers may be positions in a table, and bits a mask.
+    """
+    if x.is_floating_point():
+        size = x.double().square().mean().sqrt().item() if x.numel() else 0.0
+        return torch.randn(shape, generator=generator, dtype=torch.float64).mul_(size or 1.0).to(x)
+    if not x.numel():
+        return x.new_zeros(shape)
+    return x.flatten()[torch.randint(x.numel(), shape, generator=generator).to(x.device)]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..compare import difference
+from ..compare import difference, random_like
+from ..extras import needs_extra
 from ..files import write_atomically
 
 __all__ = ["save_onnx", "save_program"]
@@ -55,7 +56,7 @@ def save_onnx(
         ValueError: the model cannot be exported, with the reason, or the file computes something else.
         OSError: the file could not be written; what was there before stays.
     """
-    with _needs_extra():
+    with needs_extra("export"):
         import onnx
         import onnxscript  # noqa: F401 - torch's exporter is written in it
     newest = onnx.defs.onnx_opset_version()
@@ -197,18 +198,8 @@ def _tolerance(like: Tensor) -> float:
 
 
 def _random(inputs: tuple[Tensor, ...], batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Random inputs of the same kind: noise of the same size, and for whole numbers, which may be positions in a
-    table, a random choice of those that are there."""
-    made = []
-    for x in inputs:
-        shape = (batch, *x.shape[1:]) if x.dim() else ()
-        if x.is_floating_point():
-            size = x.double().std().item() if x.numel() > 1 else 0.0
-            made.append((torch.randn(shape, generator=generator) * (size or 1.0)).to(x.dtype))
-        else:
-            where = torch.randint(max(x.numel(), 1), shape, generator=generator)
-            made.append(x.flatten()[where] if x.dim() else x)
-    return tuple(made)
+    """Random inputs of the same kind, at this batch size."""
+    return tuple(random_like(x, (batch, *x.shape[1:]) if x.dim() else (), generator) for x in inputs)
 
 
 def _onnx_runner(content: bytes) -> Callable[[tuple[Tensor, ...]], Outputs] | None:
@@ -296,12 +287,3 @@ def silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def _needs_extra() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        name = error.name or "a package"
-        raise ImportError(f'{name} is needed here: pip install "torch-bregman[export]"', name=error.name) from error

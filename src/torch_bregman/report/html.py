@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from torch_bregman.extras import needs_extra
 from torch_bregman.files import write_atomically
 from torch_bregman.report import plots
-from torch_bregman.report.extras import needs_train_extra
 from torch_bregman.report.patterns import png_data_uri
 from torch_bregman.report.records import Record, read_patterns, read_run, table
 from torch_bregman.report.summary import tiles, title
@@ -71,7 +71,7 @@ def write_report(run: str | Path) -> Path:
     under a temporary name and then moved, so that a reader never meets half a page. Raises FileNotFoundError if `run`
     is no folder, and ImportError naming the extra if jinja2, matplotlib or pillow are missing.
     """
-    with needs_train_extra():
+    with needs_extra("train"):
         import jinja2
     record = read_run(run)
     patterns = read_patterns(record)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_bregman.report.extras import needs_train_extra
+from torch_bregman.extras import needs_extra
 
 __all__ = ["png_data_uri", "weight_pattern"]
 
@@ -45,7 +45,7 @@ def png_data_uri(picture: NDArray[np.uint8], ink: tuple[int, int, int] = (31, 12
 
     The ground is transparent, and the ink is between light and dark, so that it reads on either.
     """
-    with needs_train_extra():
+    with needs_extra("train"):
         from PIL import Image
     image = Image.fromarray(np.ascontiguousarray(picture))
     image.putpalette(bytes(ink) * 256)

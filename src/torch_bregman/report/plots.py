@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+from torch_bregman.extras import needs_extra
 from torch_bregman.proof import Units
-from torch_bregman.report.extras import needs_train_extra
 from torch_bregman.report.records import Record, series
 from torch_bregman.report.words import clean, number, percent, short
 
@@ -40,7 +40,7 @@ Label = tuple[float, str, str]  # y in data units, text, colour
 @contextmanager
 def style() -> Iterator[None]:
     """Matplotlib's own defaults, text kept as text, and the user's settings back at the end."""
-    with needs_train_extra():
+    with needs_extra("train"):
         import matplotlib
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # a matplotlibrc with LaTeX or a dark ground is not meant for this page

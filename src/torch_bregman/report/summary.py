@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch_bregman.report.extras import needs_train_extra
+from torch_bregman.extras import needs_extra
 from torch_bregman.report.records import Record, read_run
 from torch_bregman.report.words import clean, duration, near, number, percent, points, short
 
@@ -112,7 +112,7 @@ def _work(record: Record) -> Tile | None:
 
 def terminal_summary(run: str | Path) -> "RenderableType":
     """The headline of the run in the folder `run` for a rich console, with the path of its report if it was written."""
-    with needs_train_extra():
+    with needs_extra("train"):
         from rich.panel import Panel
         from rich.table import Table
         from rich.text import Text

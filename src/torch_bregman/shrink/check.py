@@ -22,7 +22,7 @@ def difference(model: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) -
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         pair = [copy.deepcopy(m).eval() for m in (model, small)]
-        trials = [inputs, *([_random(x, generator) for x in inputs] for _ in range(TRIALS))]
+        trials = [inputs, *([compare.random_like(x, tuple(x.shape), generator) for x in inputs] for _ in range(TRIALS))]
         for trial in trials:
             try:
                 outputs = [tree_leaves(m.double()(*[_double(x) for x in trial])) for m in pair]
@@ -37,14 +37,3 @@ def difference(model: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) -
 
 def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x.clone()
-
-
-def _random(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Something of the same shape, dtype and range."""
-    if x.is_floating_point():
-        scale = float(x.double().square().mean().sqrt()) if x.numel() else 1.0
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64).mul_(scale or 1.0).to(x)
-    if x.dtype == torch.bool or x.is_complex() or not x.numel():
-        return x.clone()
-    low, high = int(x.min()), int(x.max())
-    return torch.randint(low, high + 1, x.shape, generator=generator).to(x)

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def needs_train_extra() -> Iterator[None]:
+def needs_extra(extra: str) -> Iterator[None]:
     """Turns an ImportError of the block into one that names the extra."""
     try:
         yield
     except ImportError as error:
         name = error.name or "a package"
-        raise ImportError(f'{name} is needed here: pip install "torch-bregman[train]"', name=error.name) from error
+        raise ImportError(f'{name} is needed here: pip install "torch-bregman[{extra}]"', name=error.name) from error
