@@ -14,8 +14,12 @@ from torch.nn import functional as F
 
 import torch_bregman as tb
 from torch_bregman.layers import forward_flops
+from torch_bregman.multilevel.compact import CompactNetwork
+from torch_bregman.multilevel.live import Live
 from torch_bregman.network import Exchange, Kept, Kind, WeightedSum, register
+from torch_bregman.network.graph import Graph
 from torch_bregman.network.kinds import REGISTRY, of
+from torch_bregman.part import Part
 
 
 class MaskedLinear(nn.Module):
@@ -180,6 +184,44 @@ def test_multilevel_trains_it_as_ever(name: str) -> None:
     assert levels.counts["coarse"] > 20
     assert losses[-1] < losses[0]
     assert 0 < tb.density(model) < 0.9
+
+
+class Einsum(nn.Module):
+    """y = W x + b, written in another way."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weight, self.bias = nn.Parameter(torch.randn(outputs, inputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,oi->bo", x, self.weight) + self.bias
+
+
+class EinsumKind(WeightedSum):
+    in_training = True
+
+    def dense(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.einsum("bi,oi->bo", x, weight) + bias
+
+
+def test_multilevel_leaves_its_dead_units_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY, Einsum, EinsumKind(Einsum))
+    torch.manual_seed(0)
+    model = nn.Sequential(Einsum(12, 40), nn.ReLU(), Einsum(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    alive = {"0": torch.arange(40) % 4 == 0, "2": torch.arange(30) % 3 == 0}
+    for name, mask in alive.items():
+        model.get_submodule(name).weight.data[~mask] = 0
+    graph = Graph(model, (X,))
+    lives = [Live(layer.weight, Part(layer.weight, (1,))) for layer in (model[0], model[2])]
+    small = CompactNetwork(graph, graph.cut(alive), lives).model
+    assert [small[i].weight.shape for i in (0, 2)] == [(10, 12), (10, 40)]  # rows that live, on all inputs
+    y, z = (network(X) for network in (model, small))
+    torch.testing.assert_close(y, z)
+    wanted = torch.autograd.grad(F.cross_entropy(y, Y), [model[0].weight, model[2].weight])
+    got = torch.autograd.grad(F.cross_entropy(z, Y), [small[0].weight, small[2].weight])
+    for full, live, mask in zip(wanted, got, alive.values(), strict=True):
+        torch.testing.assert_close(full[mask], live)
 
 
 def test_min_inputs_and_fan_in_know_how_the_weight_lies() -> None:

@@ -94,8 +94,7 @@ for _form, _module_class in ((LinearForm, nn.Linear), (ConvForm, nn.Conv2d)):
 
 def form_of(module: nn.Module) -> SparseForm | None:
     """The sparse form of a module that computes as its kind does; None where there is none."""
-    kind = next((kinds.REGISTRY[cls] for cls in type(module).__mro__ if cls in kinds.REGISTRY), None)
-    form: SparseForm | None = None if kind is None else kind.sparse
-    if form is None or type(module).forward is not form.kind.module_class.forward or "forward" in module.__dict__:
+    form: SparseForm | None = kinds.of(module).sparse
+    if form is None or "forward" in module.__dict__:
         return None
     return form if type(module._parameters.get("weight")) is nn.Parameter and form.takes(module) else None

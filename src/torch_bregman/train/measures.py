@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..density import sparsity_report
 from ..distributed import local, sum_over_parts
+from ..layers import forward_flops as layer_flops
 from ..layers import weight_layers
 from ..models.skip import skips
 from ..multilevel import Multilevel
@@ -82,11 +82,8 @@ def work(levels: Multilevel | None) -> dict[str, Any]:
 def forward_flops(model: nn.Module, x: Tensor) -> dict[str, float]:
     """Weight of a Linear or Conv layer → FLOPs of its dense forward pass on `x`."""
     training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(x)
+    counts = layer_flops(model.eval(), (x,))
     model.train(training)
-    # Modules are called by the name of the root's class and their own.
-    counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     return {name: float(counts.get(name.rpartition(".")[0], 0)) for name, _, _ in weight_layers(model)}
 
 

@@ -339,14 +339,12 @@ def densities(recipe: Recipe, model: nn.Module) -> dict[torch.Tensor, float]:
     layers = list(weight_layers(model))
     if recipe.conv_density is None:
         return {layer.weight: recipe.density for layer in layers}
-    if len({isinstance(layer.module, nn.Linear) for layer in layers}) < 2:
+    if len({layer.weight.dim() == 2 for layer in layers}) < 2:
         raise ValueError(
             f"Invalid `conv_density`: {recipe.conv_density}; {recipe.model} has not both Linear and Conv layers, "
             "use `density` alone."
         )
-    return {
-        layer.weight: recipe.density if isinstance(layer.module, nn.Linear) else recipe.conv_density for layer in layers
-    }
+    return {layer.weight: recipe.density if layer.weight.dim() == 2 else recipe.conv_density for layer in layers}
 
 
 def asked_density(recipe: Recipe, model: nn.Module) -> float | None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..init import sparse_init_
 from ..layers import weight_layers
+from ..network import kinds
 from .denoising import denoises
 from .recipe import Recipe, densities, linear_and_conv_groups
 
@@ -19,7 +20,7 @@ def start_sparse(recipe: Recipe, model: nn.Module) -> None:
     # Few rows alive is a low rank, the sparse start of the nuclear norm.
     low_rank = recipe.regularizer == "nuclear"
     chosen = ("rows", "filters") if low_rank else linear_and_conv_groups(recipe)
-    normed = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in model.modules())
+    normed = any(kinds.of(module).statistics for module in model.modules())
     for groups, linear in zip(chosen, (True, False), strict=True):
         for _, module, weight in layers:
             if (weight.dim() == 2) == linear:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..data import AUGMENTATIONS, Batches, Dataset, Split
 from ..models import build
-from ..network.kinds.conv import is_miscomputed
+from ..network.kinds.conv import gains_by_channels_last
 from ..rivals import Lasso
 from .denoising import Denoising, start_at_mean
 from .device import pick_threads
@@ -200,6 +200,4 @@ class Training:
 
 def fastest_layout(model: nn.Module, ranks: Processes) -> dict[str, Any]:
     """Channels last for convolutions, where that is safe; else what the tensors have."""
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    safe = not any(is_miscomputed(module, module.weight) for module in convolutions)
-    return {"memory_format": torch.channels_last} if convolutions and safe and ranks.strategy != "fsdp" else {}
+    return {"memory_format": torch.channels_last} if gains_by_channels_last(model) and ranks.strategy != "fsdp" else {}

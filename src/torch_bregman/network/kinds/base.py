@@ -55,7 +55,7 @@ class Kind:
             only what it has is known: weights, bias, FLOPs, noise, statistics.
         leaf: whether torch.fx is to see one call, and not what is in it.
         in_training: whether `follow` also holds for weights that still change, so that `tb.Multilevel` can train the
-            module without its dead units; needs `dense`.
+            module without its dead units; needs `dense`, and a weight that is its `matrix`.
         makes_new: whether nobody else has the tensor that it returns, so that the next operation may write to it.
         noise: whether it draws random numbers in training.
         statistics: whether it keeps running statistics of its inputs.

@@ -122,6 +122,12 @@ def is_miscomputed(module: nn.Module, weight: Tensor) -> bool:
     return strided and weight.shape[1] < 16 and weight.shape[2:] == (1, 1)
 
 
+def gains_by_channels_last(model: nn.Module) -> bool:
+    """Whether it has convolutions of images, and all of them are right in this layout."""
+    found = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return bool(found) and not any(is_miscomputed(module, module.weight) for module in found)
+
+
 for _dims, _conv, _transposed in (
     (1, nn.Conv1d, nn.ConvTranspose1d),
     (2, nn.Conv2d, nn.ConvTranspose2d),
