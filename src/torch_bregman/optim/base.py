@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..distributed import Shards, is_sharded
 from ..regularizers import Regularizer
+from .held import local_state, store
 from .onepass.plan import Plan
 from .onepass.prox import intervals, same
 from .onepass.rule import HOLD
@@ -70,7 +71,7 @@ class BregmanOptimizer(RegularizedOptimizer):
     def _update(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
     ) -> None:
-        parts, states = [self.local(p, reg) for p in params], [self._local_state(p) for p in params]
+        parts, states = [self.local(p, reg) for p in params], [local_state(p, self.state) for p in params]
         for (part, on_part), state in zip(parts, states, strict=True):
             self._follow(part, state, group, on_part)
         duals, decoupled = [state["dual"] for state in states], decoupled_decay(group)
@@ -81,7 +82,7 @@ class BregmanOptimizer(RegularizedOptimizer):
         for (part, on_part), state in zip(parts, states, strict=True):
             if not _waits(state, on_part):
                 self._write(part, state, group, on_part)
-        self._store(params, states)
+        store(params, states, self.state)
 
     def _set_prox(self, plan: Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
         plan.set(DECAY=coupled_decay(group), SIGN=-1.0 if group["maximize"] else 1.0)
@@ -131,7 +132,7 @@ class BregmanOptimizer(RegularizedOptimizer):
                     raise RuntimeError(f"{type(self).__name__} does not support complex parameters.")
                 if self.state[p]:
                     raise ValueError("The loaded `state_dict` has no `dual`: it was not saved by a Bregman optimizer.")
-                (part, on_part), state = self.local(p, reg), self._local_state(p)
+                (part, on_part), state = self.local(p, reg), local_state(p, self.state)
                 weight = part.detach().to(dual_dtype(p))
                 dual = weight / group["delta"]
                 if on_part is not None:
@@ -142,7 +143,7 @@ class BregmanOptimizer(RegularizedOptimizer):
                 _remember(state, group)
                 if on_part is not None and on_part.costly and not p.is_meta:
                     state.update(written=checksum(part, on_part), waiting=0)
-                self._store([p], [state])
+                store([p], [state], self.state)
         if fresh:
             _warn_if_dense(fresh)
 
@@ -225,10 +226,10 @@ class BregmanOptimizer(RegularizedOptimizer):
 
     def _on(self, p: Tensor, group: dict[str, Any], reg: Regularizer | None, *actions: Callable[..., None]) -> None:
         """Do something with what this rank holds of a parameter."""
-        (part, on_part), state = self.local(p, reg), self._local_state(p)
+        (part, on_part), state = self.local(p, reg), local_state(p, self.state)
         for action in actions:
             action(part, state, group, on_part)
-        self._store([p], [state])
+        store([p], [state], self.state)
 
     def _group_of(self, p: Tensor) -> tuple[dict[str, Any], Regularizer | None]:
         for group, reg in zip(self.param_groups, self.regularizers, strict=True):

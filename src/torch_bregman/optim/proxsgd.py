@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..regularizers import Regularizer
+from .held import local_state, store
 from .linbreg import check_momentum, momentum_rule, sgd_direction
 from .onepass.plan import Plan
 from .onepass.prox import intervals
@@ -54,9 +55,9 @@ class ProxSGD(RegularizedOptimizer):
     ) -> None:
         lr = as_float(group["lr"])
         if group["momentum"] != 0:
-            states = [self._local_state(p) for p in params]
+            states = [local_state(p, self.state) for p in params]
             grads = sgd_direction(grads, states, group)
-            self._store(params, states)
+            store(params, states, self.state)
         parts = [self.local(p, reg) for p in params]
         weights = torch._foreach_add([p.to(g.dtype) for (p, _), g in zip(parts, grads, strict=True)], grads, alpha=-lr)
         for (p, on_p), weight in zip(parts, weights, strict=True):

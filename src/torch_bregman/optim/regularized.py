@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch.optim import Optimizer
 
 from ..distributed import PLAIN, Shards, is_sharded, local
 from ..regularizers import Regularizer, broadcasts, check_regularizer
+from .held import check_gradient, gradient
 from .onepass.plan import Plan, count_without_entries
 from .onepass.plans import Plans, require, wanted
 from .onepass.rule import Rule
-from .options import COMMON, check_number, coupled_decay, dual_dtype
+from .options import COMMON, check_number
 from .protocols import Control, Levels
 
 _NO_PENALTY = "none"
@@ -153,16 +155,16 @@ class RegularizedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        if self._identities(active) != self._known:
+        if _identities(active, self.state) != self._known:
             self._start()
             self.plans = Plans()
-            self._known = self._identities(active)
+            self._known = _identities(active, self.state)
         for i, (group, regularizer) in enumerate(zip(self.param_groups, self.regularizers, strict=True)):
             params = active[i]
             compiled = self.levels is not None and self.levels.sparse
             if wanted(group, params, compiled=compiled) and self._one_pass(i, params, group, regularizer):
                 continue
-            grads = [self._gradient(p, group) for p in params]
+            grads = [gradient(p, group, type(self).__name__) for p in params]
             foreach = group["foreach"]
             if foreach is None:
                 foreach = bool(params) and all(p.is_cuda for p in params)
@@ -172,10 +174,6 @@ class RegularizedOptimizer(Optimizer):
                     self._update(params[at], grads[at], group, regularizer)
         self.steps_taken += 1
         return loss
-
-    def _identities(self, active: list[list[Tensor]]) -> list[int]:
-        """Tells whether parameters or their state have been exchanged since the last step."""
-        return [id(x) for x in (*itertools.chain(*active), *self.state.values())]
 
     def _one_pass(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
         """One pass over memory for `params` of group i. False, and nothing done, where there is none for them."""
@@ -189,7 +187,8 @@ class RegularizedOptimizer(Optimizer):
         for p in params:
             if not p.numel():
                 count_without_entries(p, self.state[p], rule)
-        gradients = [plan.gradients(self._check_gradient) for plan in plans]  # held until the pass is through
+        check = partial(check_gradient, optimizer=type(self).__name__)
+        gradients = [plan.gradients(check) for plan in plans]  # held until the pass is through
         for plan, grads, prox in zip(plans, gradients, known, strict=True):
             plan.point("GRAD", grads)
             self._pass(plan, plan.take(rule), prox, group, reg)
@@ -231,47 +230,6 @@ class RegularizedOptimizer(Optimizer):
             self._on_shards[p] = None if reg is None else reg.on_shards(Shards.of(p))
         return local(p), self._on_shards[p]
 
-    def _local_state(self, p: Tensor) -> dict[str, Any]:
-        """The state of the part of `p` that this rank holds. `_store` afterwards what became of it."""
-        if not is_sharded(p):
-            return self.state[p]
-        return {k: local(x) if isinstance(x, Tensor) else x for k, x in self.state[p].items()}
-
-    def _store(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
-        """Take over the states of parts, where what is shaped like the weight is kept as a DTensor like it."""
-        for p, state in zip(params, states, strict=True):
-            if is_sharded(p):
-                held = self.state[p]
-                for name, x in state.items():
-                    if name in PLAIN:
-                        held[name] = x
-                    elif name not in held or local(held[name]) is not x:
-                        held[name] = Shards.of(p).wrap(x)
-
-    def _check_gradient(self, p: Tensor) -> Tensor:
-        grad: Any = p.grad
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients; use a layer with sparse=False."
-            )
-        if grad.is_complex():
-            raise RuntimeError(
-                f"{type(self).__name__} does not support complex gradients; pass real and imaginary parts."
-            )
-        return grad
-
-    def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        grad = self._check_gradient(p)
-        if is_sharded(p):  # tensor parallelism may leave sums to be taken
-            grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
-        grad = local(grad).to(dual_dtype(p))
-        if group["maximize"]:
-            grad = -grad
-        coupled = coupled_decay(group)
-        if coupled != 0:
-            grad = grad.add(local(p), alpha=coupled)  # after the prox it would be overwritten
-        return grad
-
 
 def _check_parameter(p: Tensor, regularizer: Regularizer | None, group: dict[str, Any]) -> None:
     """ValueError, or ImportError, where the options of its group do not fit the parameter."""
@@ -302,3 +260,8 @@ def _check_parameter(p: Tensor, regularizer: Regularizer | None, group: dict[str
 
 def _name(regularizer: Regularizer | None) -> str:
     return _NO_PENALTY if regularizer is None else repr(regularizer)
+
+
+def _identities(active: list[list[Tensor]], state: Mapping[Tensor, Any]) -> list[int]:
+    """Tells whether parameters or their state have been exchanged since the last step."""
+    return [id(x) for x in (*itertools.chain(*active), *state.values())]
