@@ -43,6 +43,24 @@ def command(tmp_path):
 
 
 @pytest.fixture
+def inside(tmp_path, monkeypatch, capsys):
+    """As `command`, in this process: a fresh one takes seconds to import what it needs."""
+    from torch_bregman.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*args):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, args)])
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(args, ended.value.code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
 def stop_after(monkeypatch):
     """stop_after(cls, 5, 20): SIGTERM after these calls of cls.step, for a loop that looks for it in every step."""
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------- a whole run
 
 
-def test_the_main_job_on_digits(command, tmp_path):
+def test_the_main_job_on_digits(command, inside, tmp_path):
     done = command("train", "digits", "--epochs", 40, "--compare")
     assert done.returncode == 0, done.stderr
     assert not done.stderr
@@ -74,7 +75,7 @@ def test_the_main_job_on_digits(command, tmp_path):
     assert sum(int(w.count_nonzero()) for n, w in best.items() if n.endswith("weight")) == end["kept"]
     assert list((run / "tensorboard").iterdir())
 
-    again = command("train", "--config", run / "recipe.toml", "--out", "again", "--quiet")
+    again = inside("train", "--config", run / "recipe.toml", "--out", "again", "--quiet")
     assert again.returncode == 0, again.stderr
     assert rows_of(tmp_path / "again")[-1]["test_accuracy"] == end["test_accuracy"]
     for name, weight in weights_of(run).items():
@@ -146,7 +147,7 @@ def test_a_network_for_which_channels_last_is_not_safe(tmp_path, monkeypatch):
         {"model": "mlp", "augment": "shift"},
         {"model": "mlp", "precision": "bf16"},
         {"model": "autoencoder", "regularizer": "group-l1", "density": 0.2},
-        {"model": "resnet18", "limit": 64, "batch_size": 32, "epochs": 1},
+        {"model": "resnet18", "limit": 64, "batch_size": 32, "epochs": 1, "threads": 1},
         {"model": "mlp", "multilevel": True},
         {"model": "mlp", "multilevel": True, "coarse_steps": 5, "fine_steps": 2, "boost": 2.0, "margin": 0.5},
         {"model": "convnet", "multilevel": True, "coarse_steps": 3, "optimizer": "linbreg", "lr": 0.1},
@@ -177,11 +178,11 @@ def test_every_option_trains(tmp_path, options):
         assert all((w >= 0).all() for n, w in weights_of(tmp_path).items() if n.endswith("weight"))
 
 
-def test_a_model_of_ones_own(command, tmp_path, arrays):
+def test_a_model_of_ones_own(inside, tmp_path, arrays):
     (tmp_path / "mynet.py").write_text(
         "from torch import nn\ndef make(shape, classes):\n    return nn.Linear(shape[0], classes)\n"
     )
-    done = command("train", arrays, "--model", "mynet:make", "--epochs", 2, "--density", "0.5")
+    done = inside("train", arrays, "--model", "mynet:make", "--epochs", 2, "--density", "0.5")
     assert done.returncode == 0, done.stderr
     assert rows_of(next((tmp_path / "runs").iterdir()))[-1]["weights"] == 100
 
@@ -233,7 +234,7 @@ def test_what_training_would_cost_if_zeros_were_free(arrays, tmp_path, options):
     assert end["sparse_flops"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
+def test_resume_after_sigkill_at_random_points_is_bit_exact(inside, arrays, tmp_path):
     options = ["--epochs", "30", "--batch-size", "10", "--density", "0.1", "--quiet", "--seed", "3"]
     script = "import sys; from torch_bregman.train import loop; loop.SAVE_EVERY = loop.LOOK_EVERY = 0.02\n"
     script += "from torch_bregman.cli import main; main(sys.argv[1:])"
@@ -245,9 +246,6 @@ def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    whole = start(arrays, *options, "--out", tmp_path / "whole")
-    err = whole.communicate(timeout=120)[1]
-    assert whole.returncode == 0, err
     rng, killed = random.Random(0), 0
     run = tmp_path / "killed"
     process = start(arrays, *options, "--out", run)
@@ -262,6 +260,8 @@ def test_resume_after_sigkill_at_random_points_is_bit_exact(arrays, tmp_path):
         process = start("--resume", run, "--quiet")
         while process.poll() is None and len(rows_of(run)) <= seen:
             time.sleep(0.01)
+    whole = inside("train", arrays, *options, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
     assert killed >= 2
@@ -318,11 +318,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert (tmp_path / "r" / "report.html").exists()
 
 
-def test_a_run_that_has_ended_is_not_trained_again(command, arrays, tmp_path):
-    first = command("train", arrays, "--epochs", 2, "--out", "r", "--density", "0.2")
+def test_a_run_that_has_ended_is_not_trained_again(inside, arrays, tmp_path):
+    first = inside("train", arrays, "--epochs", 2, "--out", "r", "--density", "0.2")
     assert first.returncode == 0, first.stderr
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
-    second = command("train", "--out", "r", "--resume")
+    second = inside("train", "--out", "r", "--resume")
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
 
@@ -359,14 +359,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_file_size_limit_stops_the_run_with_a_sentence(command, tmp_path):
-    def limit():
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    done = command("train", "digits", "--epochs", 3, "--out", "r", preexec_fn=limit)
+def test_a_file_size_limit_stops_the_run_with_a_sentence(inside):
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        done = inside("train", "digits", "--epochs", 3, "--out", "r")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
     assert done.returncode == 1
     assert re.search(r"Error: .*(File too large)", done.stderr), done.stderr
     assert "Traceback" not in done.stderr
@@ -465,26 +466,26 @@ def test_bad_input_is_one_sentence(args, message, tmp_path, monkeypatch, capsys)
     assert "Traceback" not in said
 
 
-def test_a_run_folder_that_exists_is_left_alone(command, tmp_path):
+def test_a_run_folder_that_exists_is_left_alone(inside, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "precious").write_text("x")
-    done = command("train", "digits", "--out", "r")
+    done = inside("train", "digits", "--out", "r")
     assert done.returncode == 1
     assert "r exists; go on with --resume r, or choose another --out" in done.stderr
     assert [p.name for p in (tmp_path / "r").iterdir()] == ["precious"]
 
 
-def test_a_truncated_data_file_is_named(command, tmp_path):
+def test_a_truncated_data_file_is_named(inside, tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 not really")
-    done = command("train", "bad.npz")
+    done = inside("train", "bad.npz")
     assert done.returncode == 1
     assert "bad.npz" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "runs").iterdir())  # no empty run is left behind
 
 
-def test_help_teaches(command):
-    done = command("train", "--help")
+def test_help_teaches(inside):
+    done = inside("train", "--help")
     assert done.returncode == 0
     for word in ("--density", "--resume", "--compare", "0.05 for 5 %", "torch-bregman train mnist --density 0.02"):
         assert word in " ".join(done.stdout.split())

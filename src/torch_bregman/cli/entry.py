@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         argv = expand_resume(argv)
+        app.config = None  # of an earlier call
         for i, word in enumerate(argv):
             path = word.partition("=")[2] if word.startswith("--config=") else None
             if word == "--config" and i + 1 < len(argv):
