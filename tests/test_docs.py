@@ -102,6 +102,14 @@ def test_the_files_that_it_names_exist(page):
         assert "NAME" in name or "/." in name or (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+@pytest.mark.parametrize("mark", ["J", "ML", "A", "LH"])
+def test_marks_are_explained_where_they_stand(mark):
+    for page in [*PAGES, *(ROOT / "src").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
+        text = page.read_text()
+        if re.search(rf"(?<![\w\]])\[{mark}[,\]]", text):
+            assert re.search(rf"\[{mark}\] (is )?[A-Z]\w+, ", text), f"{page.name}: [{mark}]"
+
+
 def test_the_readme_is_a_door():
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 900

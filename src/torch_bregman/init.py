@@ -1,4 +1,7 @@
-"""Sparse initialisation [J, section 3.3]."""
+"""Sparse initialisation [J, section 3.3].
+
+[J] Bungert, Roith, Tenbrinck, Burger, A Bregman Learning Framework for Sparse Neural Networks, JMLR 23(192), 2022.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The quantities of the convergence theory [J, sections 2 and 4], as numbers one can look at while training."""
+"""The quantities of the convergence theory [J, sections 2 and 4], as numbers one can look at while training.
+
+[J] Bungert, Roith, Tenbrinck, Burger, A Bregman Learning Framework for Sparse Neural Networks, JMLR 23(192), 2022.
+"""
 
 from __future__ import annotations
 

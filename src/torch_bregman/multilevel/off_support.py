@@ -2,6 +2,8 @@
 
 Off the support v stands still in the coarse phases. There are two ways to let it move further in the fine steps: by a
 factor, or by what it has missed, as far as one fine gradient can tell.
+
+[ML] Lunk, Scott, Bungert, Sparse Training of Neural Networks based on Multilevel Mirror Descent, arXiv 2602.03535.
 """
 
 from __future__ import annotations

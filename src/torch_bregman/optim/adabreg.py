@@ -36,6 +36,7 @@ class AdaBreg(BregmanOptimizer):
     Raises:
         ValueError: an option out of range, or a regulariser that does not fit a parameter's shape.
 
+    [J] Bungert, Roith, Tenbrinck, Burger, A Bregman Learning Framework for Sparse Neural Networks, JMLR 23(192), 2022.
     [LH] Loshchilov, Hutter, Decoupled Weight Decay Regularization, ICLR 2019.
     """
 
