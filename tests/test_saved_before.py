@@ -14,7 +14,7 @@ from torch_bregman.train import Recipe, fit
 
 DATA = Path(__file__).parent / "data" / "v0.1.0"
 # The machine that made the files may have added up in another order.
-CLOSE = {"rtol": 1e-3, "atol": 1e-5}
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,9 @@ def test_a_stopped_run_goes_on(run, name):
 
 
 def test_an_ended_run_is_read(run, command):
-    run("ended")
+    folder = run("ended")
     for told in (["report", "run"], ["shrink", "run"], ["export", "run"]):
         done = command(*told)
         assert done.returncode == 0, done.stderr
-    assert (DATA / "ended" / "last.safetensors").read_bytes()  # the copy was worked on
+    assert {"report.html", "recipe.toml", "last.safetensors"} <= {path.name for path in folder.iterdir()}
+    assert len(list(folder.rglob("*.safetensors"))) > len(list((DATA / "ended").rglob("*.safetensors")))

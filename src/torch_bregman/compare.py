@@ -53,13 +53,15 @@ def _near(found: Any, wanted: Any, tolerance: float) -> bool:
 
 
 def random_like(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Random entries like those of x: noise of the same size, else a random choice of what is there.
+    """Random entries like those of x: noise of the same size, whole numbers of the same range, else some of x itself.
 
-    For whole numbers may be positions in a table, and bits a mask.
+    Whole numbers may be positions in a table, which all those between the smallest and the largest one are.
     """
     if x.is_floating_point():
         size = x.double().square().mean().sqrt().item() if x.numel() else 0.0
         return torch.randn(shape, generator=generator, dtype=torch.float64).mul_(size or 1.0).to(x)
     if not x.numel():
         return x.new_zeros(shape)
-    return x.flatten()[torch.randint(x.numel(), shape, generator=generator).to(x.device)]
+    if x.dtype == torch.bool or x.is_complex():
+        return x.flatten()[torch.randint(x.numel(), shape, generator=generator).to(x.device)]
+    return torch.randint(int(x.min()), int(x.max()) + 1, shape, generator=generator).to(x)

@@ -66,12 +66,19 @@ class ProxSGD(RegularizedOptimizer):
     def _rule(self, group: dict[str, Any]) -> Rule:
         return momentum_rule(group)
 
+    def _one_pass(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
+        # A prox that needs more than one entry at a time takes the plain step.
+        return _interval(group, reg) is not None and super()._one_pass(i, params, group, reg)
+
     def _set_prox(self, plan: Plan, group: dict[str, Any], reg: Regularizer | None) -> bool:
-        between = intervals(reg, [as_float(group["lr"]) * group["lam"]], [1.0])
-        if between is None:
-            return False
-        plan.set(DECAY=group["weight_decay"], SIGN=-1.0 if group["maximize"] else 1.0, LOW=between[0], HIGH=between[1])
+        low, high, _ = _interval(group, reg) or (0.0, 0.0, 1.0)
+        plan.set(DECAY=group["weight_decay"], SIGN=-1.0 if group["maximize"] else 1.0, LOW=low, HIGH=high)
         return True
 
     def _pass(self, plan: Plan, rule: str, prox: bool, group: dict[str, Any], reg: Regularizer | None) -> None:
         plan.run(rule, "PRIMAL")
+
+
+def _interval(group: dict[str, Any], reg: Regularizer | None) -> tuple[Any, Any, Any] | None:
+    """The prox of a step as numbers, if it has such."""
+    return intervals(reg, [as_float(group["lr"]) * group["lam"]], [1.0])
