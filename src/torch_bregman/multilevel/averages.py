@@ -7,13 +7,15 @@ it is kept out, as by `no_sync()`, and what it would have done is done here, at 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from .exchange import Exchange
 
 
 class LiveGradientAverage:
@@ -24,17 +26,13 @@ class LiveGradientAverage:
 
     Args:
         ddp: the wrapped network.
-        live: the live values of each weight that is restricted now.
+        exchange: the weights that are restricted now.
         before_forward: called before a forward pass that gradients will be asked of.
     """
 
-    def __init__(
-        self,
-        ddp: DistributedDataParallel,
-        live: Callable[[], Mapping[nn.Parameter, nn.Parameter]],
-        before_forward: Callable[[], None],
-    ) -> None:
-        self.ddp, self.live, self.before_forward = ddp, live, before_forward
+    def __init__(self, ddp: DistributedDataParallel, exchange: Exchange, before_forward: Callable[[], None]) -> None:
+        self.ddp, self.exchange, self.before_forward = ddp, exchange, before_forward
+        exchange.entered = self.watch
         self._wanted = True  # by the user: not inside no_sync()
         self._ours = False  # the last forward pass ran without DDP's reducer: the averages are made here
         self._queued = False
@@ -66,7 +64,7 @@ class LiveGradientAverage:
             return
         self.before_forward()
         self._queued = False  # a backward pass that failed has left it
-        restricted = bool(self.live())
+        restricted = bool(self.exchange.parts)
         self._ours = restricted and self._wanted
         if restricted:
             self.ddp.require_backward_grad_sync = False
@@ -92,7 +90,8 @@ class LiveGradientAverage:
     def _average(self) -> None:
         """One sum over the ranks for each dtype. To average what is equal on all ranks again changes nothing."""
         self._queued = False
-        live, alike = self.live(), collections.defaultdict(list)
+        live: dict[Tensor, nn.Parameter] = {part.live.full: part.live.values for part in self.exchange.parts}
+        alike = collections.defaultdict(list)
         for p in self._parameters():
             held = live.get(p, p)
             if held is p and p.grad is not None and self.ddp.find_unused_parameters:

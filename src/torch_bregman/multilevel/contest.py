@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..network.graph import Graph, Untraceable
 from ..part import Part
 from . import choice as choosing
+from .averages import LiveGradientAverage
 from .choice import Choice, Timings
 from .compact import CompactNetwork
 from .exchange import Exchange
@@ -26,21 +27,23 @@ class Contest:
 
     Args:
         exchange, modules: the weights of the optimizer, and the network.
-        agree: takes seconds that were measured here, returns those that all ranks go by.
+        averages: where there are ranks, which all go by the first one's timings.
 
     Attributes:
         choices: how each layer computes in the coarse phase, and the timings behind it.
         timings: what was measured.
     """
 
-    def __init__(
-        self, exchange: Exchange, modules: WatchedModules, agree: Callable[[list[float]], list[float]]
-    ) -> None:
-        self.exchange, self.modules, self._agree = exchange, modules, agree
+    def __init__(self, exchange: Exchange, modules: WatchedModules, averages: LiveGradientAverage | None) -> None:
+        self.exchange, self.modules, self.averages = exchange, modules, averages
         self.choices: dict[str, Choice] = {}
         self.timings = Timings()
         self._alone: dict[WatchedLayer, Choice] = {}
         self._graph: tuple[object, Graph | None] = (None, None)
+
+    def _agree(self, seconds: list[float]) -> list[float]:
+        """What the first rank has measured, on all of them: they must go the same way."""
+        return seconds if self.averages is None or not seconds else self.averages.first(seconds)
 
     # ---- sparse layers
 

@@ -102,25 +102,22 @@ class Multilevel:
         self._exchange = Exchange(optimizer)
         trained = [p for group in optimizer.param_groups for p in group["params"]] if coarse_steps != 0 else []
         self._modules = WatchedModules(self.model, trained, self._on_training, self._on_use, self._on_compact)
-        self._supports = Supports(optimizer, self.margin)
+        self._supports = Supports(optimizer)
         catches_up = boost is None and coarse_steps is None and isinstance(optimizer, AdaBreg)
         self._off_support = OffSupport(optimizer, catches_up=catches_up)
         self._averages: LiveGradientAverage | None = None
-        self._contest = Contest(self._exchange, self._modules, self._agree)
+        if coarse_steps != 0 and isinstance(model, DistributedDataParallel):
+            self._averages = LiveGradientAverage(model, self._exchange, self._count_at_last)
+        self._contest = Contest(self._exchange, self._modules, self._averages)
         #: how each layer computes in the coarse phase, and the timings behind it
         self.choices, self.timings = self._contest.choices, self._contest.timings
         self._last: list[dict[str, Any]] = []  # the parts of the phase that has just ended, while the layers use them
         if coarse_steps != 0:
-            self._attach(model)
+            self._attach()
 
-    def _attach(self, model: nn.Module) -> None:
-        """Work with the optimizer, and with the ranks of a DistributedDataParallel."""
+    def _attach(self) -> None:
+        """Work with the optimizer from now on."""
         optimizer, exchange = self.optimizer, self._exchange
-        if isinstance(model, DistributedDataParallel):
-            self._averages = LiveGradientAverage(
-                model, lambda: {part.live.full: part.live.values for part in exchange.parts}, self._count_at_last
-            )
-            exchange.entered = self._averages.watch
         optimizer.levels = self
         for control in optimizer.controls:
             control.counted = False
@@ -179,7 +176,7 @@ class Multilevel:
         for control in self.optimizer.controls:
             control.catch_up()
         if self._restrict():
-            self.left = self._coarse_steps()
+            self.left = coarse_length(self)
         else:  # it would not be faster: go on as ever, with nothing in between, and look again
             self.left = LOOK_EVERY
             self._modules.watch(False)
@@ -255,13 +252,6 @@ class Multilevel:
 
     # ------------------------------------------------------------------ the cycle
 
-    def _coarse_steps(self) -> int:
-        """Length of the coarse phase that begins."""
-        if self.coarse_steps is not None:
-            return self.coarse_steps
-        totals = [control.total_steps for control in self.optimizer.controls if control.total_steps is not None]
-        return max(1, self.fine_steps * cycle(self.counts.total() / max(totals) if totals else None) - self.fine_steps)
-
     @torch.no_grad()
     def _restrict(self) -> bool:
         """Choose how each layer will compute, and go to the live parts; False, and nothing done, if none gains."""
@@ -269,7 +259,7 @@ class Multilevel:
         self._off_support.phase_ended(0, [])
         found = candidates(self.optimizer)
         outputs = any(candidate.regularizer.outputs for candidate in found)
-        where, near = self._supports.find(found)
+        where, near = self._supports.find(found, self.margin)
         able = self._contest.layers(found, where)
         if not found or (self.coarse_steps is None and not able and not outputs):
             return False
@@ -285,11 +275,8 @@ class Multilevel:
             return False
         return True
 
-    def _agree(self, seconds: list[float]) -> list[float]:
-        """What the first rank has measured, on all of them: they must go the same way."""
-        return self._averages.first(seconds) if self._averages is not None and seconds else seconds
-
-    # ------------------------------------------------------------------ what is called from elsewhere
+    # ------------------------------------------------------------------ what the optimizer and the modules call
+    # That is why there are more methods here than a class should have: what they do is in the other files.
 
     @torch.no_grad()
     def _before_step(self) -> None:
@@ -370,6 +357,15 @@ def _check(
         check_number("boost", boost, strict=True)
     if margin is not None:
         check_number("margin", margin)
+
+
+def coarse_length(levels: Multilevel) -> int:
+    """Steps of the coarse phase that begins."""
+    if levels.coarse_steps is not None:
+        return levels.coarse_steps
+    totals = [control.total_steps for control in levels.optimizer.controls if control.total_steps is not None]
+    length = levels.fine_steps * cycle(levels.counts.total() / max(totals) if totals else None)
+    return max(1, length - levels.fine_steps)
 
 
 def cycle(progress: float | None) -> int:

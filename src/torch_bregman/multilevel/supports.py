@@ -39,17 +39,17 @@ def candidates(optimizer: BregmanOptimizer) -> list[Candidate]:
 
 
 class Supports:
-    """Finds supports, and for each live weight `margin` others near the threshold, for regularisers by magnitude.
+    """Finds supports, and for each live weight so many others near the threshold, for regularisers by magnitude.
 
     Attributes:
         reach: entries with |v| beyond this share of λ are near.
     """
 
-    def __init__(self, optimizer: BregmanOptimizer, margin: float) -> None:
-        self.optimizer, self.margin = optimizer, margin
+    def __init__(self, optimizer: BregmanOptimizer) -> None:
+        self.optimizer = optimizer
         self.reach = 0.8
 
-    def find(self, some: list[Candidate]) -> tuple[dict[nn.Parameter, Part], dict[nn.Parameter, Part]]:
+    def find(self, some: list[Candidate], margin: float) -> tuple[dict[nn.Parameter, Part], dict[nn.Parameter, Part]]:
         """The support of each weight, and the entries near the threshold that are trained along."""
         where: dict[nn.Parameter, Part] = {}
         near: dict[nn.Parameter, Part] = {}
@@ -57,7 +57,7 @@ class Supports:
         for i, _, p, reg in some:
             # The λ that θ was written with, if it has risen since: what is alive must not be left behind.
             lam = min(float(self.optimizer.param_groups[i]["lam"]), float(self.optimizer.state[p]["lam"]))
-            if not self.margin or not reg.by_magnitude or lam <= 0:
+            if not margin or not reg.by_magnitude or lam <= 0:
                 where[p] = part_of(p, reg)
                 continue
             index = beyond(self.optimizer.state[p]["dual"], self.reach * lam)
@@ -66,6 +66,6 @@ class Supports:
             live += len(where[p])
         found = sum(map(len, near.values()))
         if near:  # about as many lie between the bound and λ as their distance says
-            ratio = min(2.0, max(0.5, self.margin * max(live, 1) / max(found, 1)))
+            ratio = min(2.0, max(0.5, margin * max(live, 1) / max(found, 1)))
             self.reach = min(0.98, max(0.1, 1 - (1 - self.reach) * ratio))
         return where, near
