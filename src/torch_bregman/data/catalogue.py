@@ -63,7 +63,9 @@ def load(
         return assemble(arrays.read(path), validation, limit)
     if ":" in name and not path.exists() and all(part.isidentifier() for part in re.split(r"[.:]", name)):
         return assemble(arrays.call(name), validation, limit)
-    known = f"expected one of {', '.join(READERS)}, or the path of a .npz file or of an image folder."
+    known = (
+        f"expected one of {', '.join(READERS)}, the path of a .npz file or an image folder, or package.module:function."
+    )
     if path.is_file() or os.sep in name or "/" in name:
         found = "a file of another kind" if path.is_file() else "which does not exist"
         raise DataError(f"`name`: got {name}, {found}; {known}")
