@@ -168,6 +168,13 @@ def test_a_sheet_with_odd_values(value):
 # ---------------------------------------------------------------------- the measuring
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch) -> None:
+    """Timings as short as they come: what is tested here is right whichever wins."""
+    monkeypatch.setattr("torch_bregman.inference.choice.SECONDS", 0.0)
+    monkeypatch.setattr("torch_bregman.proof.latency.BLOCK", 0.001)
+
+
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Nothing is optimized, which takes its seconds."""
