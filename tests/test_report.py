@@ -158,7 +158,11 @@ def test_first_epochs_of_a_multilevel_run(run: Path) -> None:
     assert "How each layer computes" not in page.text
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "text", None, -1.0, 0, True, {}, 10**400])
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), "text", None, -1.0, 0, True, {}, 10**400],
+    ids=lambda value: "10**400" if value == 10**400 else repr(value),
+)
 def test_odd_values_of_a_multilevel_run(run: Path, value: object) -> None:
     keys = ("flops", "dense_flops", "fine_steps", "coarse_steps")
     good = [row(e, **levels(e)) for e in range(1, 4)]
@@ -344,7 +348,7 @@ def test_png_holds_the_picture() -> None:
 def test_terminal_summary(run: Path) -> None:
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=200)
     (run / "recipe.toml").write_text('model = "[red]x[/red]"\ndataset = "mnist"\n', encoding="utf-8")
     write_report(run)
     console.print(terminal_summary(run))
