@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import torch_bregman as tb
+from torch_bregman.network.kinds import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,18 +47,21 @@ class Conv1D(nn.Module):
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """What the reader of a page has: a network, data, and an optimizer."""
+    """What the reader of a page has: a network, data, and an optimizer. Kinds of layers of a page end with it."""
     monkeypatch.chdir(tmp_path)
+    kinds = dict(REGISTRY)
     torch.manual_seed(0)
     model, x, y = tb.sparse_init_(Net(), 0.3), torch.randn(32, 12), torch.randint(0, 3, (32,))
     optimizer = tb.AdaBreg(tb.param_groups(model, tb.L1()), lr=1e-2)
     control = tb.TargetDensity(optimizer, 0.2)
     F.cross_entropy(model(x), y).backward()
-    return {
+    yield {
         "tb": tb, "torch": torch, "nn": nn, "F": F, "Net": Net, "model": model, "loader": [(x, y)] * 20, "epochs": 1,
         "loss": F.cross_entropy, "x": x, "optimizer": optimizer, "control": control, "MaskedLinear": MaskedLinear,
         "Conv1D": Conv1D,
     }  # fmt: skip
+    REGISTRY.clear()
+    REGISTRY.update(kinds)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
