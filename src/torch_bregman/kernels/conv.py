@@ -97,14 +97,6 @@ def _put(y, at, sums, valid, lanes, line):
             y[at + i] = line[i]
 
 
-@inlined
-def _put_four(y, to, go, p, s0, s1, s2, s3, valid, lanes, line):
-    _put(y, to + go[p], s0, valid, lanes, line)
-    _put(y, to + go[p + 1], s1, valid, lanes, line)
-    _put(y, to + go[p + 2], s2, valid, lanes, line)
-    _put(y, to + go[p + 3], s3, valid, lanes, line)
-
-
 @functools.cache
 def product(name: str) -> Any:
     """Y = b + the convolution of X with the weights in the lists; Y is batch-last without gaps.
@@ -177,15 +169,25 @@ def product(name: str) -> Any:
                                 v, at = splat(values[k]), np.int64(offset[k])
                                 s0, s1, s2, s3 = add_four(v, buffer, at + i0, at + i1, at + i2, at + i3, s0, s1, s2, s3)
                                 s4, s5, s6, s7 = add_four(v, buffer, at + i4, at + i5, at + i6, at + i7, s4, s5, s6, s7)
-                            _put_four(y, to, go, p, s0, s1, s2, s3, valid, lanes, line)
-                            _put_four(y, to, go, p + 4, s4, s5, s6, s7, valid, lanes, line)
+                            # One by one: four of them in a function of their own make the loop above 15 % slower.
+                            _put(y, to + go[p], s0, valid, lanes, line)
+                            _put(y, to + go[p + 1], s1, valid, lanes, line)
+                            _put(y, to + go[p + 2], s2, valid, lanes, line)
+                            _put(y, to + go[p + 3], s3, valid, lanes, line)
+                            _put(y, to + go[p + 4], s4, valid, lanes, line)
+                            _put(y, to + go[p + 5], s5, valid, lanes, line)
+                            _put(y, to + go[p + 6], s6, valid, lanes, line)
+                            _put(y, to + go[p + 7], s7, valid, lanes, line)
                             p += 8
                         else:
                             s0, s1, s2, s3 = initial, initial, initial, initial
                             for k in range(first, last):
                                 v, at = splat(values[k]), np.int64(offset[k])
                                 s0, s1, s2, s3 = add_four(v, buffer, at + i0, at + i1, at + i2, at + i3, s0, s1, s2, s3)
-                            _put_four(y, to, go, p, s0, s1, s2, s3, valid, lanes, line)
+                            _put(y, to + go[p], s0, valid, lanes, line)
+                            _put(y, to + go[p + 1], s1, valid, lanes, line)
+                            _put(y, to + go[p + 2], s2, valid, lanes, line)
+                            _put(y, to + go[p + 3], s3, valid, lanes, line)
                             p += 4
 
     return compiled(loop)
