@@ -45,7 +45,6 @@ class RegularizedOptimizer(Optimizer):
         self.regularizers = []
         self.levels: Levels | None = None  # a tb.Multilevel, which exchanges weights by their live parts and back
         self.controls: list[Control] = []  # what moves λ: tb.TargetDensity
-        self.steps_taken = 0  # by this object, since it was made
         self.forget()
         missing = {name: value for name, value in COMMON.items() if name not in defaults}
         super().__init__(params, {"regularizer": _name(regularizer), **defaults, **missing, "entries_updated": 0})
@@ -98,7 +97,7 @@ class RegularizedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in (("levels", None), ("controls", []), ("steps_taken", 0)):
+        for name, value in (("levels", None), ("controls", [])):
             self.__dict__.setdefault(name, value)  # a copy has none
         self.forget()
         self.defaults.pop("differentiable", None)  # torch puts it there; no option of ours
@@ -161,8 +160,7 @@ class RegularizedOptimizer(Optimizer):
             self._known = _identities(active, self.state)
         for i, (group, regularizer) in enumerate(zip(self.param_groups, self.regularizers, strict=True)):
             params = active[i]
-            compiled = self.levels is not None and self.levels.sparse
-            if wanted(group, params, compiled=compiled) and self._one_pass(i, params, group, regularizer):
+            if wanted(group, params, self.levels) and self._one_pass(i, params, group, regularizer):
                 continue
             grads = [gradient(p, group, type(self).__name__) for p in params]
             foreach = group["foreach"]
@@ -172,7 +170,6 @@ class RegularizedOptimizer(Optimizer):
             for at in [slice(None)] if foreach else [slice(i, i + 1) for i in range(len(params))]:
                 if params[at]:
                     self._update(params[at], grads[at], group, regularizer)
-        self.steps_taken += 1
         return loss
 
     def _one_pass(self, i: int, params: list[Tensor], group: dict[str, Any], reg: Regularizer | None) -> bool:
@@ -182,7 +179,7 @@ class RegularizedOptimizer(Optimizer):
         if rule is None or plans is None:
             return False
         known = [self._set_prox(plan, group, reg) for plan in plans]
-        if not all(prox or (self.has_dual and plan.moves_dual_alone) for plan, prox in zip(plans, known, strict=True)):
+        if not all(known) and not (self.has_dual and all(plan.moves_dual_alone for plan in plans)):
             return False
         for p in params:
             if not p.numel():

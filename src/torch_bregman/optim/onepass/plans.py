@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import kernels
+from ..protocols import Levels
 from . import cpu, gpu
 from .plan import Plan
 
@@ -54,11 +55,11 @@ def require(p: Tensor) -> None:
         raise ImportError("`fused=True` on a GPU needs Triton: pip install triton.")
 
 
-def wanted(group: dict[str, Any], params: list[Tensor], *, compiled: bool) -> bool:
+def wanted(group: dict[str, Any], params: list[Tensor], levels: Levels | None) -> bool:
     """What was asked for, or else one pass: on the CPU once the work done would have paid for compiling it.
 
-    The count is part of `param_groups`, so that a resumed run switches at the same step. `compiled`: kernels are in use
-    anyway.
+    The count is part of `param_groups`, so that a resumed run switches at the same step. Where `levels` have sparse
+    layers, kernels are in use anyway.
     """
     if group["fused"] is not None or group["foreach"] is not None:
         return bool(group["fused"])
@@ -68,7 +69,7 @@ def wanted(group: dict[str, Any], params: list[Tensor], *, compiled: bool) -> bo
         return gpu.available()
     if params[0].device.type != "cpu" or not kernels.available():
         return False
-    if group["entries_updated"] >= EARNED or compiled:
+    if group["entries_updated"] >= EARNED or (levels is not None and levels.sparse):
         return True
     group["entries_updated"] += sum(p.numel() for p in params)
     return False

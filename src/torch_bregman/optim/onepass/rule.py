@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A rule of `kernels.columns.RULES`, its buffers and its numbers in this step.
 
     Attributes:
@@ -20,7 +18,7 @@ class Rule:
 
     name: str
     buffers: tuple[str, ...] = ()
-    numbers: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = {}
     corrections: Callable[[float], Mapping[str, float]] | None = None
 
 
