@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CALLS = 0.02  # seconds of calls in a row
+REST = 0.02  # seconds in which the threads of the other process stop to wait for work with all their might
 
 
 def cases() -> dict[str, Callable[[], Callable[[], object]]]:
@@ -150,18 +151,17 @@ def main() -> None:
         parser.error(f"expected the folder of a checkout; got {options.other}")
     homes = [Path(__file__).resolve().parents[1], options.other.resolve()]
     told = ["--work", "--threads", str(options.threads), "--only", options.only]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, *told], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(home / "src")},
-        )
-        for home in homes
-    ]  # fmt: skip
-    names, _ = (json.loads(worker.stdout.readline()) for worker in workers)
+    workers, names = [], []
+    for home in homes:  # one after the other: making ready includes choices by measurement
+        env = {**os.environ, "PYTHONPATH": str(home / "src")}
+        command = [sys.executable, __file__, *told]
+        workers.append(subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env))
+        names = json.loads(workers[-1].stdout.readline())
     times = {name: ([], []) for name in names}
     for _ in range(options.rounds):
         for name in names:
             for i in random.sample((0, 1), 2):
+                time.sleep(REST)
                 workers[i].stdin.write(name + "\n")
                 workers[i].stdin.flush()
                 times[name][i].append(float(workers[i].stdout.readline()))

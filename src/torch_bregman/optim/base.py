@@ -71,15 +71,16 @@ class BregmanOptimizer(RegularizedOptimizer):
     def _update(
         self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any], reg: Regularizer | None
     ) -> None:
-        parts, states = [self.local(p, reg) for p in params], [local_state(p, self.state) for p in params]
-        for (part, on_part), state in zip(parts, states, strict=True):
+        held = [(*self.local(p, reg), local_state(p, self.state)) for p in params]
+        for part, on_part, state in held:
             self._follow(part, state, group, on_part)
+        states = [state for _, _, state in held]
         duals, decoupled = [state["dual"] for state in states], decoupled_decay(group)
         if decoupled != 0:  # of v, because θ itself is written anew
-            weights = [part.to(dual.dtype) for (part, _), dual in zip(parts, duals, strict=True)]
+            weights = [part.to(dual.dtype) for (part, _, _), dual in zip(held, duals, strict=True)]
             torch._foreach_sub_(duals, torch._foreach_mul(weights, decoupled))
         self._descend(duals, grads, states, group)
-        for (part, on_part), state in zip(parts, states, strict=True):
+        for part, on_part, state in held:
             if not _waits(state, on_part):
                 self._write(part, state, group, on_part)
         store(params, states, self.state)

@@ -158,11 +158,12 @@ class RegularizedOptimizer(Optimizer):
             self._start()
             self.plans = Plans()
             self._known = _identities(active, self.state)
+        name = type(self).__name__
         for i, (group, regularizer) in enumerate(zip(self.param_groups, self.regularizers, strict=True)):
             params = active[i]
             if wanted(group, params, self.levels) and self._one_pass(i, params, group, regularizer):
                 continue
-            grads = [gradient(p, group, type(self).__name__) for p in params]
+            grads = [gradient(p, group, name) for p in params]
             foreach = group["foreach"]
             if foreach is None:
                 foreach = bool(params) and all(p.is_cuda for p in params)
