@@ -31,7 +31,8 @@ class RegularizedOptimizer(Optimizer):
     (`fully_shard`, tensor parallelism) is cut as it is; the steps are those of a single process.
 
     A subclass says how one list of tensors is updated (`_update`), and, if it has a rule for it, what the pass over
-    memory needs to know (`_rule`, `_set_prox`, `_pass`).
+    memory needs to know (`_rule`, `_set_prox`, `_pass`). There are more methods than a class should have: six are
+    torch's own.
     """
 
     #: Do weights come from v (LinBreg, AdaBreg), or is θ all there is (ProxSGD)?
