@@ -147,6 +147,25 @@ def test_with_a_rule_one_pass_does_the_same():
         torch.testing.assert_close(p, q)
 
 
+class Signed(tb.LinBreg):
+    """An equation of its own on top of a class that has a rule for another one."""
+
+    def _descend(self, duals, grads, states, group):
+        torch._foreach_add_(duals, torch._foreach_sign(grads), alpha=-group["lr"])
+
+
+def test_an_equation_of_its_own_does_not_run_by_the_rule_of_its_parent():
+    early, late = network(), network()
+    one, other = make(Signed, early), make(Signed, late)
+    for group in other.param_groups:
+        group["entries_updated"] = 10 * plans.EARNED
+    train(early, one, 5)
+    train(late, other, 5)
+    assert same(early, late)
+    with pytest.raises(ValueError, match="Signed has no rule for one pass over memory"):
+        make(Signed, network(), fused=True)
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match="`fused`: True; SignBreg has no rule for one pass over memory"):
         make(SignBreg, network(), fused=True)

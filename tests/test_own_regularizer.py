@@ -193,6 +193,29 @@ def test_fused_is_the_readable_step(kind, regularizer):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+class Halved(tb.L1):
+    """A prox of its own on top of a class that says more: nothing of that holds for it."""
+
+    def prox(self, x, step):
+        return super().prox(x, step / 2)
+
+
+def test_a_prox_of_its_own_claims_nothing_of_its_parent():
+    pytest.importorskip("numba")
+    assert tb.L1().by_magnitude
+    assert not Halved().by_magnitude
+    assert Halved().interval(1.0) is None
+    one, other = network(), network()
+    train(one, make(tb.LinBreg, one, Halved(), fused=False), 10)
+    train(other, make(tb.LinBreg, other, Halved(), fused=True), 10)
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    model = network()
+    optimizer = make(tb.LinBreg, model, Halved())
+    train(model, optimizer, 60, tb.TargetDensity(optimizer, 0.3, "exact", total_steps=60))
+    assert tb.density(model) == pytest.approx(0.3, abs=1 / 1296)
+
+
 @pytest.mark.parametrize("kind", [tb.LinBreg, tb.AdaBreg], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("regularizer", ALL, ids=repr)
 def test_multilevel(kind, regularizer):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from .base import BregmanOptimizer
+from .onepass.plan import count_up
 from .onepass.rule import Rule
 from .options import as_float, check_number, decoupled_decay
 
@@ -100,10 +101,3 @@ class AdaBreg(BregmanOptimizer):
 
         numbers = {"BETA1": beta1, "BETA2": beta2, "EPS": group["eps"], "SHRINK": decoupled}
         return Rule("ADAMW" if decoupled else "ADAM", ("exp_avg", "exp_avg_sq"), numbers, corrections)
-
-
-def count_up(states: list[dict[str, Any]]) -> list[float]:
-    """k ← k + 1 for every tensor. It lives on the CPU, so that nothing waits for the device."""
-    for state in states:
-        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu() + 1
-    return [state["step"].item() for state in states]

@@ -40,6 +40,12 @@ class RegularizedOptimizer(Optimizer):
 
     regularizers: list[Regularizer | None]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class with an equation of its own does not inherit the rule of another one."""
+        super().__init_subclass__(**kwargs)
+        if {"_descend", "_update"} & vars(cls).keys() and "_rule" not in vars(cls):
+            cls._rule = RegularizedOptimizer._rule  # type: ignore[method-assign]
+
     def __init__(self, params: Any, defaults: dict[str, Any], regularizer: Regularizer | None) -> None:
         check_regularizer(regularizer)
         self._default_regularizer = regularizer

@@ -4,7 +4,7 @@ from .base import Regularizer, bisect, broadcasts, check_regularizer, turning_po
 from .groups import GROUPS, CutGroups, Grouped, GroupL1, SparseGroupL1, group_dims
 from .l1 import L1, NonNegativeL1
 from .nuclear import NuclearNorm
-from .traits import GroupNorm, KeptPart, Lam, Traits
+from .traits import GroupNorm, Lam, Traits
 
 __all__ = [
     "GROUPS",
@@ -13,7 +13,6 @@ __all__ = [
     "GroupL1",
     "GroupNorm",
     "Grouped",
-    "KeptPart",
     "Lam",
     "NonNegativeL1",
     "NuclearNorm",

@@ -17,9 +17,23 @@ from torch import Tensor
 from ..distributed import Shards
 from .traits import Lam, Traits
 
+#: what is said of a method, and holds for that one only
+_SAID_OF = {
+    "prox": ("interval", "group_norm", "thresholds", "nearest_subgradient", "by_magnitude"),
+    "thresholds": ("by_magnitude",),
+}
+
 
 class Regularizer(Traits):
     """A convex J = λ·J₁ on one weight tensor. All results are shaped like the weight, except `value` (a scalar)."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class with a prox of its own claims nothing that was said of another one."""
+        super().__init_subclass__(**kwargs)
+        for changed, names in _SAID_OF.items():
+            for name in names if changed in vars(cls) else ():
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(Regularizer, name))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Notes the arguments, for `repr`. A copy gets them with the rest of its attributes."""

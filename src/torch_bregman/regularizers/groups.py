@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..distributed import Shards
+from ..part import Piece
 from ..prox import shrink_norm, soft_threshold
 from .base import Regularizer, bisect, broadcasts
 from .l1 import L1
-from .traits import GroupNorm, KeptPart, Lam
+from .traits import GroupNorm, Lam
 
 #: name → (what it belongs to, the dimensions that a group spans, given the number of dimensions)
 GROUPS: dict[str, tuple[str, Callable[[int], tuple[int, ...]]]] = {
@@ -129,7 +130,7 @@ class Grouped(Regularizer):
         sums.index_add_(0, index.reshape(-1), x.reshape(-1))
         return (sums if self.shards is None else self.shards.sum(sums))[index]
 
-    def cut(self, part: KeptPart, dual: Tensor | None, lam: Lam) -> Grouped:
+    def cut(self, part: Piece, dual: Tensor | None, lam: Lam) -> Grouped:
         """The same J where it is the same, else one that knows of the entries that were cut off."""
         full = part.full
         groups = self.groups

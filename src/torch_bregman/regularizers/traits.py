@@ -13,12 +13,13 @@ resuming, `foreach`, DTensors, and `TargetDensity` where zeros can be counted. W
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distributed import Shards
+from ..part import Piece
 
 Lam = float | Tensor
 OUTPUTS = ("row", "filter")  # units that are the outputs of a layer
@@ -35,17 +36,6 @@ class GroupNorm(NamedTuple):
     weighted: bool
 
 
-class KeptPart(Protocol):
-    """A weight that was cut: all of it, what became of it, and the way from one to the other."""
-
-    @property
-    def full(self) -> Tensor: ...
-    @property
-    def small(self) -> Tensor: ...
-    def restrict(self, full: Tensor) -> Tensor: ...
-    def prolong(self, values: Tensor, full: Tensor) -> None: ...
-
-
 class Traits:
     """What others may ask of a regulariser."""
 
@@ -54,6 +44,8 @@ class Traits:
     #: What is zero or alive together: "entry", "row", "column", "kernel", "filter", "channel", "group" (numbered by an
     #: index), or "rank" (singular values). None: not said.
     unit: str | None = None
+    #: Is an entry alive exactly while |v| > λ?
+    by_magnitude: bool = False
     #: Does it make zeros, so that a density can be asked of it?
     countable: bool = True
     #: Does its prox add up entries, so that two ways to compute it may round differently?
@@ -82,11 +74,6 @@ class Traits:
         """Whether its units are the outputs of a layer: without the dead ones it is a smaller dense layer."""
         return self.unit in OUTPUTS
 
-    @property
-    def by_magnitude(self) -> bool:
-        """Whether an entry is alive exactly while |v| > λ."""
-        return False
-
     def spans(self, shape: torch.Size) -> tuple[int, ...] | None:
         """The dimensions that a unit spans in a weight of this shape, () where it is a single entry.
 
@@ -98,7 +85,7 @@ class Traits:
         """The same J on the live units, [live] or [live, size of a unit], for a J with `spans`."""
         return self
 
-    def cut(self, part: KeptPart, dual: Tensor | None, lam: Lam) -> Any:
+    def cut(self, part: Piece, dual: Tensor | None, lam: Lam) -> Any:
         """The J of a part of a weight that gives it the prox of the whole; None where there is no such J.
 
         `dual`: v of the whole weight, which stays as it is where it was cut off; None: zero. `lam`: λ.

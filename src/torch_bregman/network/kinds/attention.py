@@ -66,7 +66,7 @@ class FewerHeads(Kind):
     """`Attention`, whose projections are layers of their own."""
 
     arguments = ("width", "heads", "head_width")
-    options: Options = {"key_width": None, "value_width": None, "bias": True, "batch_first": False}  # noqa: RUF012
+    options: Options = {"key_width": None, "value_width": None, "bias": True, "batch_first": False}
 
     def sizes(self, module: Any) -> tuple[int, int]:
         return module.heads, module.out.out_features

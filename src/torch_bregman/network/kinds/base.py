@@ -87,7 +87,7 @@ class Kind:
     follow_heads: HeadsRule = staticmethod(stop)
     sparse: Any = None
     arguments: tuple[str, ...] | None = None
-    options: Options = {}  # noqa: RUF012 - never written
+    options: Options = {}
     dims = 0
 
     def __init__(self, module_class: type[nn.Module]) -> None:

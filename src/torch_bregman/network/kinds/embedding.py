@@ -14,7 +14,7 @@ from .base import Exchange, Kept, Kind, Options, register
 class Embedding(Kind):
     reported = True
     arguments = ("num_embeddings", "embedding_dim")
-    options: Options = {"padding_idx": None, "scale_grad_by_freq": False, "sparse": False}  # noqa: RUF012 - never written
+    options: Options = {"padding_idx": None, "scale_grad_by_freq": False, "sparse": False}
 
     def sizes(self, module: Any) -> tuple[int, int]:
         return module.embedding_dim, module.num_embeddings

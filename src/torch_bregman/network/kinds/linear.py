@@ -14,7 +14,7 @@ from .weighted import WeightedSum
 class Linear(WeightedSum):
     in_training = True
     arguments = ("in_features", "out_features")
-    options: Options = {"bias": True}  # noqa: RUF012 - never written
+    options: Options = {"bias": True}
 
     def dense(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

@@ -51,7 +51,7 @@ class BatchNorm(RunningNorm):
 
 class GroupNorm(Kind):
     arguments = ("num_groups", "num_channels")
-    options: Options = {"affine": True, "bias": True}  # noqa: RUF012 - never written
+    options: Options = {"affine": True, "bias": True}
 
     def follow(self, walk: Walk, node: fx.Node, module: Any) -> Wire | None:
         """A group that is constant as a whole becomes constants; it goes as a whole, or stays."""
@@ -82,12 +82,12 @@ class LayerNorm(Kind):
     """Needs all its channels, so a walk ends here."""
 
     arguments = ("normalized_shape",)
-    options: Options = {"elementwise_affine": True, "bias": True}  # noqa: RUF012 - never written
+    options: Options = {"elementwise_affine": True, "bias": True}
 
 
 class InstanceNorm(RunningNorm):
     arguments = ("num_features",)
-    options: Options = {**BATCH, "affine": False, "track_running_stats": False}  # noqa: RUF012 - never written
+    options: Options = {**BATCH, "affine": False, "track_running_stats": False}
 
 
 register(RunningNorm(_NormBase))  # of classes that are derived from it

@@ -110,12 +110,19 @@ class Plan:
         return self._counts[0].tolist()
 
 
+def count_up(states: list[dict[str, Any]]) -> list[float]:
+    """k ← k + 1 for every tensor. It lives on the CPU, so that nothing waits for the device."""
+    for state in states:
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu() + 1
+    return [state["step"].item() for state in states]
+
+
 def count_without_entries(p: Tensor, state: dict[str, Any], rule: Rule) -> None:
     """A step of a parameter without entries, which no pass sees: a weight of which nothing lives."""
     for name in rule.buffers:
         state.setdefault(name, torch.zeros_like(p, dtype=dual_dtype(p)))
     if rule.corrections is not None:
-        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu() + 1
+        count_up([state])
 
 
 def _is_not(a: Any, b: Any) -> bool:
