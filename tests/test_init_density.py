@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -63,12 +64,15 @@ class Tied(nn.Module):
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The Linear and Conv weights, found here by hand; a tied one once."""
+    """The weights, found here by hand: a tied one once, one that is also an embedding not."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, kinds):
+        if isinstance(module, kinds) and id(module.weight) not in embeddings:
             found.setdefault(id(module.weight), (f"{name}.weight", module.weight))
+        if isinstance(module, nn.MultiheadAttention):
+            found[id(module.in_proj_weight)] = (f"{name}.in_proj_weight", module.in_proj_weight)
     return dict(found.values())
 
 
@@ -394,8 +398,11 @@ def test_tied_weights():
     model = Tied()
     tb.sparse_init_(model, 0.25, generator=seeded())
     assert model.head.weight is model.embedding.weight
-    assert naive_count(model.head.weight) == round(0.25 * 96)
+    assert naive_count(model.head.weight) == 96  # a token's row must not die
     assert naive_count(model.body.weight) == 16
+    tb.sparse_init_(model, 0.25, generator=seeded(), weights=["head"])
+    assert naive_count(model.head.weight) == round(0.25 * 96)
+    assert model.twin.bias.any()
 
 
 def test_both_layers_of_a_tied_weight_get_their_bias():
@@ -755,7 +762,9 @@ class Net(nn.Module):
         return self.fc2(self.fc1(x.mean(1)).relu()) * self.scale
 
 
-WEIGHTS = ["conv1.weight", "conv2.weight", "attention.out_proj.weight", "fc1.weight", "fc2.weight"]
+WEIGHTS = [
+    "conv1.weight", "conv2.weight", "attention.in_proj_weight", "attention.out_proj.weight", "fc1.weight", "fc2.weight",
+]  # fmt: skip
 
 
 def by_name(model: nn.Module, groups: list[dict]) -> dict[str, dict]:
@@ -797,7 +806,9 @@ def test_no_regulariser_still_counts_the_weights():
 @pytest.mark.parametrize("make", [convnet, odd_convolutions, Tied, lambda: build("resnet18", (3, 8, 8), 10)])
 def test_every_parameter_once_in_other_models(make):
     model = make()
-    groups = tb.param_groups(model, tb.L1(), lam=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if make is Tied else "error")  # most of it is an embedding
+        groups = tb.param_groups(model, tb.L1(), lam=0.1)
     by_name(model, groups)
     counted = {id(p) for group in groups if group["counted"] for p in group["params"]}
     assert counted == {id(w) for w in weights(model).values()}
@@ -807,26 +818,41 @@ def test_embeddings_are_not_regularised_and_tied_weights_come_once():
     plain = Net()
     assert by_name(plain, tb.param_groups(plain, tb.L1(), lam=1.0))["tokens.weight"]["regularizer"] is None
     tied = Tied()
-    groups = tb.param_groups(tied, tb.L1(), lam=1.0)
+    with pytest.warns(UserWarning, match="64 of 160 matrix entries are weights"):
+        groups = tb.param_groups(tied, tb.L1(), lam=1.0)
     flat = [id(p) for group in groups for p in group["params"]]
     assert flat.count(id(tied.head.weight)) == 1
     assert len(flat) == len(set(flat)) == len(list(tied.parameters()))
-    assert regularised(tied, groups) == {"embedding.weight", "body.weight"}  # it is the weight of a Linear, too
+    assert regularised(tied, groups) == {"body.weight"}  # it is the weight of a Linear too, but a row is a token's
 
 
-def test_a_tied_weight_is_reached_by_the_name_of_its_linear_layer():
+@pytest.mark.parametrize("key", ["head", "head.weight", "twin", "embedding", "embedding.weight", nn.Embedding])
+def test_a_tied_weight_is_reached_by_any_of_its_names(key):
     """named_parameters() knows it as embedding.weight, a person as the head; density reports it as head.weight."""
     model = Tied()
-    reported = [layer.name for layer in tb.sparsity_report(model).layers]
-    assert "head.weight" in reported
-    for key in ("head", "head.weight", "head*"):
-        groups = tb.param_groups(model, {key: None, "*": tb.L1()}, lam=1.0)
-        assert regularised(model, groups) == {"body.weight"}
+    assert [layer.name for layer in tb.sparsity_report(model).layers] == ["body.weight"]
+    groups = tb.param_groups(model, {key: tb.L1(), "*": tb.L1()}, lam=1.0)
+    assert regularised(model, groups) == {"embedding.weight", "body.weight"}
+    assert [layer.name for layer in tb.sparsity_report(model).layers] == ["body.weight", "head.weight"]
+    groups = tb.param_groups(model, {key: None, "*": tb.L1()}, lam=1.0)
+    assert regularised(model, groups) == {"body.weight"}
+    assert regularised(model, tb.param_groups(model, tb.L1(), lam=1.0, weights={key: None})) == {"body.weight"}
+
+
+@pytest.mark.parametrize("key", ["*", "head*", "*.weight*", nn.Linear])
+def test_a_tied_embedding_is_not_meant_by_what_means_all_heads(key):
+    model = Tied()
+    with pytest.warns(UserWarning, match=r"embedding\.weight \(an embedding, also head\.weight; 96\)"):
+        groups = tb.param_groups(model, {key: tb.L1()}, lam=1.0)
+    assert "embedding.weight" not in regularised(model, groups)
 
 
 def test_by_module_type():
     model = Net()
-    groups = tb.param_groups(model, {nn.Linear: tb.GroupL1("rows"), nn.Conv1d: tb.GroupL1("kernels")}, lam=0.2)
+    rows = tb.GroupL1("rows")
+    groups = tb.param_groups(
+        model, {nn.Linear: rows, nn.Conv1d: tb.GroupL1("kernels"), nn.MultiheadAttention: rows}, lam=0.2
+    )
     found = by_name(model, groups)
     assert regularised(model, groups) == set(WEIGHTS)
     assert found["fc1.weight"]["regularizer"].groups == "rows"
@@ -873,7 +899,7 @@ def test_other_parameters_are_reached_by_name():
         assert regularised(model, groups) == {reached}
         group = by_name(model, groups)[reached]
         assert group["lam"] == 0.2
-        assert group["counted"] is False
+        assert group["counted"] is (dict(model.named_parameters())[reached].dim() > 1)  # density counts matrices
 
 
 @pytest.mark.parametrize(
@@ -968,9 +994,6 @@ def test_with_every_optimizer(make, mapping):
             model(x).square().mean().backward()  # a sum may diverge
             optimizer.step()
 
-    if mapping:  # sparse_init_ leaves the projection dense, for it is no Linear
-        weight = model.attention.in_proj_weight
-        weight.data *= torch.rand(weight.shape, generator=seeded(2)) < 0.4
     steps(make(groups, lr=1e-3))
     assert not torch.equal(model.fc2.bias, before["fc2.bias"])
     assert not torch.equal(model.norm.bias, before["norm.bias"])

@@ -67,6 +67,9 @@ def test_a_file_written_now_says_the_same(name, tmp_path):
     tb.save_sparse(small, tmp_path / "now", dtype=torch.bfloat16 if "bfloat16" in name else None)
     was, told = tb.read_sparse(DATA / f"{name}.safetensors")
     now, tells = tb.read_sparse(tmp_path / "now")
+    if name == "attention-shrunk":  # a weight that is also an embedding counts no more
+        assert told["kept"] - tells["kept"] == told["size"] - tells["size"] == 7 * 8
+        told = {**told, "kept": tells["kept"], "size": tells["size"]}
     assert tells == told
     assert was.keys() == now.keys()
     for key, value in was.items():

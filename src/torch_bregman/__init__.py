@@ -12,6 +12,7 @@ from .layers import param_groups
 from .multilevel import Multilevel
 from .optim import AdaBreg, LinBreg, ProxSGD
 from .proof import prove
+from .pruning import prune_
 from .regularizers import L1, GroupL1, NonNegativeL1, NuclearNorm, Regularizer, SparseGroupL1
 from .shrink import shrink
 from .theory import bregman_distance, step_size_bound, symmetric_bregman_distance
@@ -36,6 +37,7 @@ __all__ = [
     "optimize_for_inference",
     "param_groups",
     "prove",
+    "prune_",
     "read_sparse",
     "save_onnx",
     "save_program",

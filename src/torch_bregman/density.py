@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import count_nonzero, whole
-from .layers import weight_layers
+from .layers import Uncounted, matrix_entries, weight_layers
+from .naming import Names, name_weights
+from .network.reparametrised import warn_reparametrised
 from .regularizers import NuclearNorm
 from .text import table
 
@@ -24,16 +26,25 @@ def check_density(density: float, *, name: str = "density", one_allowed: bool = 
 
 
 @torch.no_grad()
-def density(model: nn.Module) -> float:
-    """Non-zero entries of all Linear and Conv weights over their number; biases and norms are not counted.
+def density(model: nn.Module, *, weights: Names | None = None) -> float:
+    """Non-zero entries of all weights over their number; biases, norms and embeddings are not counted.
 
-    Raises ValueError if the model has no such weight.
+    Weights are those that `tb.param_groups` regularises, and what is named in `weights`, as there. What else the model
+    has, `print(tb.sparsity_report(model))` says. Raises ValueError if the model has no weight.
     """
-    weights = [layer.weight for layer in weight_layers(model)]
-    size = sum(w.numel() for w in weights)
+    name_weights(model, weights)
+    warn_reparametrised(model)
+    counted = [layer.weight for layer in weight_layers(model)]
+    size = sum(w.numel() for w in counted)
     if size == 0:
-        raise ValueError("`model` has no Linear or Conv weights, so its density is not defined.")
-    return sum(count_nonzero(weights)) / size
+        raise ValueError(f"`model` has no Linear or Conv weights, so its density is not defined{_hint(model)}.")
+    return sum(count_nonzero(counted)) / size
+
+
+def _hint(model: nn.Module) -> str:
+    """What could be named where nothing is counted."""
+    _, _, outside = matrix_entries(model)
+    return f"; name some, as in weights=[{outside[0].name!r}]" if outside else ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,13 @@ class SparsityReport:
     """Per layer and in total what is alive, each with its denominator. Prints as a table."""
 
     layers: tuple[LayerSparsity, ...]
+    outside: tuple[Uncounted, ...] = ()
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """Entries that are counted, and those of all matrices: parameters with two dimensions or more."""
+        size = self.weights[1]
+        return size, size + sum(one.entries for one in self.outside)
 
     def _total(self, pairs: list[tuple[int, int] | None]) -> tuple[int, int]:
         there = [pair for pair in pairs if pair is not None]
@@ -66,12 +84,12 @@ class SparsityReport:
 
     @property
     def weights(self) -> tuple[int, int]:
-        """(non-zero, all) Linear and Conv weights."""
+        """(non-zero, all) weights."""
         return self._total([layer.weights for layer in self.layers])
 
     @property
     def density(self) -> float:
-        """Non-zero over all Linear and Conv weights."""
+        """Non-zero over all weights."""
         kept, size = self.weights
         return kept / max(size, 1)
 
@@ -97,7 +115,18 @@ class SparsityReport:
         rows.append(["all", "", f"{kept:,}/{size:,}", f"{self.density:.3%}", "", "", _cell(self.kernels), ""])
         keep = [i for i in range(len(head)) if any(row[i] for row in rows[1:])]
         shown = table([[row[i] for i in keep] for row in rows], left=range(2))
-        return f"{shown}\nalive/all; weights: non-zero entries of Linear and Conv weights, biases and norms not counted"
+        return f"{shown}\nalive/all; weights: non-zero entries, biases and norms not counted; {self.coverage}"
+
+    @property
+    def coverage(self) -> str:
+        """How many matrix entries the density counts, and the largest parameters that it does not."""
+        counted, every = self.counted
+        text = f"{counted:,} of {every:,} matrix entries are counted"
+        if not self.outside:
+            return text
+        shown = [f"{one.name} ({one.why}; {one.entries:,})" for one in self.outside[:4]]
+        more = f", and {len(self.outside) - 4} more" if len(self.outside) > 4 else ""
+        return f"{text}, without {', '.join(shown)}{more}; name in `weights` what shall count"
 
     @staticmethod
     def _row(layer: LayerSparsity) -> list[object]:
@@ -113,14 +142,17 @@ def _cell(value: object) -> str:
 
 
 @torch.no_grad()
-def sparsity_report(model: nn.Module, *, rank: bool = False) -> SparsityReport:
+def sparsity_report(model: nn.Module, *, rank: bool = False, weights: Names | None = None) -> SparsityReport:
     """What is alive per layer: weights, outputs (neurons, filters), inputs, kernels, and with `rank` the rank.
 
     Exact zeros are counted on the device and fetched once; `rank` costs a singular value decomposition per layer.
+    `weights` names further weights, as in `tb.param_groups`.
     """
+    name_weights(model, weights)
+    warn_reparametrised(model)
     layers = list(weight_layers(model))
     if not layers:
-        raise ValueError("`model` has no Linear or Conv weights, so there is nothing to report.")
+        raise ValueError(f"`model` has no Linear or Conv weights, so there is nothing to report{_hint(model)}.")
     counts, kernels = [], []
     for layer in layers:
         alive = whole(layer.weight, lambda part: part != 0)
@@ -143,4 +175,4 @@ def sparsity_report(model: nn.Module, *, rank: bool = False) -> SparsityReport:
                 rank=(NuclearNorm().rank(whole(weight, Tensor.float)), min(weight.flatten(1).shape)) if rank else None,
             )
         )
-    return SparsityReport(tuple(found))
+    return SparsityReport(tuple(found), tuple(matrix_entries(model)[2]))

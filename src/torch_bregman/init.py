@@ -12,7 +12,9 @@ from torch import Generator, Tensor, nn
 
 from .density import check_density
 from .distributed import assign, is_sharded
-from .layers import LayerWeight, weight_layers
+from .layers import LayerWeight, note_weights, weight_layers
+from .naming import Names, name_weights
+from .network.reparametrised import warn_reparametrised
 from .optim.options import check_number
 from .regularizers import GROUPS, GroupL1, broadcasts, group_dims
 
@@ -27,8 +29,9 @@ def sparse_init_(
     nonlinearity: str = "relu",
     bias_scale: float = 1.0,
     min_inputs: int = 0,
+    weights: Names | None = None,
 ) -> nn.Module:
-    """Redraw all Linear and Conv weights so that a share `density` of each is alive and signals keep their variance.
+    """Redraw all weights so that a share `density` of each is alive and signals keep their variance.
 
     W = W̃ ⊙ M with M a mask of exactly round(density·n) ones (at least one) drawn without replacement, and
     Var[W̃] = α/r, where α = gain²/fan_in is the usual variance (2/fan_in for ReLU) and r the share alive: zeroing all
@@ -48,18 +51,21 @@ def sparse_init_(
             `density` alone would leave it fewer; kernels come whole, and other groups are left. A unit with neither
             inputs nor bias in front of a norm and a ReLU is zero for good, because no gradient comes through: such
             layers need 1.
+        weights: names further weights, as in `tb.param_groups`.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: density outside (0, 1], min_inputs that is no count, a name of groups that does not exist or fits no
-            layer, DTensors without a generator.
+        ValueError: density outside (0, 1], a key of `weights` that means nothing, min_inputs that is no count, a name
+            of groups that does not exist or fits no layer, DTensors without a generator.
     """
     check_density(density, one_allowed=True)
     check_number("bias_scale", bias_scale)
     if isinstance(min_inputs, bool) or not isinstance(min_inputs, int) or min_inputs < 0:
         raise ValueError(f"Invalid `min_inputs`: {min_inputs!r}; expected a whole number of at least 0.")
+    name_weights(model, weights)
+    warn_reparametrised(model)
     layers = [layer for layer in weight_layers(model) if layer.weight.numel()]
     if not layers:
         raise ValueError("`model` has no Linear or Conv layer to initialise.")
@@ -69,10 +75,7 @@ def sparse_init_(
             "generator=torch.Generator().manual_seed(seed) with one seed."
         )
     gain = nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]
-    fits = [_fits(groups, layer.weight) for layer in layers]
-    if groups is not None and not any(fits):
-        shapes = ", ".join(str(tuple(layer.weight.shape)) for layer in layers[:3])
-        raise ValueError(f"`groups` is {groups!r}, which fits none of the weights ({shapes}, …).")
+    fits = fits_groups(groups, layers)
     device = generator.device if generator is not None else torch.device("cpu")
 
     def draw_bias(layer: LayerWeight) -> None:
@@ -102,18 +105,26 @@ def sparse_init_(
     for layer in weight_layers(model, tied=True):  # of the other layers that share a weight
         if id(layer.module) not in drawn:
             draw_bias(layer)
+    note_weights(model)
     return model
 
 
-def _fits(groups: str | Tensor | None, weight: Tensor) -> bool:
+def fits_groups(groups: str | Tensor | None, layers: list[LayerWeight]) -> list[bool]:
+    """Which weights consist of such groups. ValueError where there are no such groups, or none consists of them."""
     if groups is None:
-        return False
+        return [False] * len(layers)
     if isinstance(groups, Tensor):
         GroupL1(groups)  # raises where these are no group numbers
-        return broadcasts(groups.shape, weight.shape)
-    if groups not in GROUPS:
-        group_dims(groups, weight.shape)  # raises, naming the choices
-    return (weight.dim() == 2) == (groups in ("rows", "columns"))
+        fits = [broadcasts(groups.shape, layer.weight.shape) for layer in layers]
+    else:
+        if groups not in GROUPS:
+            group_dims(groups, layers[0].weight.shape)  # raises, naming the choices
+        flat = groups in ("rows", "columns")
+        fits = [(layer.weight.dim() == 2) == flat and not layer.stacked for layer in layers]
+    if not any(fits):
+        shapes = ", ".join(str(tuple(layer.weight.shape)) for layer in layers[:3])
+        raise ValueError(f"`groups` is {groups!r}, which fits none of the weights ({shapes}, …).")
+    return fits
 
 
 def _draw_mask(

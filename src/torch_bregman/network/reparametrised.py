@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,6 +10,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from ..warned import warn
 
 #: torch's hooks that write a plain attribute, what says its name, and what removes them
 _HOOKS = (
@@ -21,9 +22,10 @@ _HOOKS = (
 
 
 class Reparametrised(NamedTuple):
-    """A tensor that is no parameter of its layer, and the line that makes it one again."""
+    """A tensor that is no parameter of its layer, the layer, and the line that makes it one again."""
 
     name: str
+    module: nn.Module
     remedy: str
 
 
@@ -37,7 +39,8 @@ def reparametrised(model: nn.Module) -> Iterator[Reparametrised]:
             found += [(getattr(hook, attribute), remedy) for cls, attribute, remedy in _HOOKS if isinstance(hook, cls)]
         where = f"model.get_submodule({layer!r})" if layer else "model"
         for name, remedy in found:
-            yield Reparametrised(f"{layer}.{name}" if layer else name, f"torch.nn.utils.{remedy}({where}, {name!r})")
+            line = f"torch.nn.utils.{remedy}({where}, {name!r})"
+            yield Reparametrised(f"{layer}.{name}" if layer else name, module, line)
 
 
 def described(model: nn.Module) -> str:
@@ -45,7 +48,7 @@ def described(model: nn.Module) -> str:
     found = list(reparametrised(model))
     if not found:
         return ""
-    names = ", ".join(name for name, _ in found[:3]) + (", …" if len(found) > 3 else "")
+    names = ", ".join(name for name, _, _ in found[:3]) + (", …" if len(found) > 3 else "")
     verb = "is" if len(found) == 1 else "are"
     return (
         f"{names} {verb} computed from other tensors in every call (by torch's parametrizations or pruning), so no "
@@ -60,8 +63,8 @@ def refuse_reparametrised(model: nn.Module) -> None:
         raise ValueError(f"Invalid `model`: {sentence}")
 
 
-def warn_reparametrised(model: nn.Module, stacklevel: int = 3) -> None:
+def warn_reparametrised(model: nn.Module) -> None:
     """One warning where tensors of `model` are passed over because they are reparametrised."""
     sentence = described(model)
     if sentence:
-        warnings.warn(f"Passed over in `model`: {sentence}", stacklevel=stacklevel)
+        warn(f"Passed over in `model`: {sentence}")

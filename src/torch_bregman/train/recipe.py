@@ -311,6 +311,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         model,
         {pattern: regularizer for pattern, (regularizer, _) in penalties.items()} | make_regularizer(recipe),
         {pattern: lam for pattern, (_, lam) in penalties.items()} | {"*": recipe.lam or 0.0},
+        weights=dict.fromkeys(penalties),  # they have a λ of their own, and no density counts them
     )
     if recipe.optimizer == "adabreg":
         return AdaBreg(

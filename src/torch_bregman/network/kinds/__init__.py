@@ -3,7 +3,7 @@
 `of(module)` is how the library asks; `register(MyKind(MyModule))` is how a kind is added (docs/layers.md).
 """
 
-from . import attention, conv, embedding, linear, norm, pointwise
+from . import attention, conv, conv1d, embedding, experts, linear, norm, pointwise
 from .base import REGISTRY, UNKNOWN, Exchange, Kept, Kind, Options, named, of, register
 from .weighted import WeightedSum
 
@@ -17,7 +17,9 @@ __all__ = [
     "WeightedSum",
     "attention",
     "conv",
+    "conv1d",
     "embedding",
+    "experts",
     "linear",
     "named",
     "norm",

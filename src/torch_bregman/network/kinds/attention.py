@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import Attention
@@ -11,11 +13,29 @@ from .base import Exchange, Kind, Options, register
 
 
 class MultiheadAttention(Kind):
-    """Its projections are packed into one weight, [3 · width, width], or three."""
+    """Its projections are packed into one weight, [3 · width, width], or three; that of the output is a layer in it."""
 
     reported = True
     has_heads = True
     reads_parts = True
+
+    def weights(self, module: Any) -> tuple[str, ...]:
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return tuple(name for name in names if module._parameters.get(name) is not None)
+
+    def layout(self, module: Any, name: str) -> str:
+        return "oi"
+
+    def bias(self, module: Any, name: str) -> Tensor | None:
+        return None  # no ReLU follows, so that it needs no start of its own
+
+    def positions(self, module: Any, x: torch.Size) -> int:
+        return math.prod(x[:-1])
+
+    def flops(self, module: Any, x: torch.Size, *, zeros: bool = True) -> int:
+        """Of the projections, with keys and values as many as queries; the output's is not called as a layer."""
+        weights = [*(module._parameters[name] for name in self.weights(module)), module.out_proj.weight]
+        return 2 * self.positions(module, x) * sum(w.numel() if zeros else int(w.count_nonzero()) for w in weights)
 
     def sizes(self, module: Any) -> tuple[int, int]:
         return module.num_heads, module.embed_dim

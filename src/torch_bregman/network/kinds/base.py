@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,6 +102,13 @@ class Kind:
         """The names of its own parameters that are weights: made sparse, drawn, counted."""
         return ()
 
+    def layout(self, module: Any, name: str) -> str | None:
+        """How the weight `name` lies, a letter per dimension: o outputs, i inputs, e experts, k kernel.
+
+        None: that is not all that there is to say, see `grouped`.
+        """
+        return None
+
     def grouped(self, module: Any, name: str, tensor: Tensor) -> Tensor:
         """A tensor that lies like the weight `name` as [groups, outputs / groups, inputs / groups, kernel size].
 
@@ -197,7 +204,7 @@ class Inherited(Kind):
         self.kind = kind
         for name in ("noise", "statistics", "reads_parts", "has_heads", "rows_are_outputs"):
             setattr(self, name, getattr(kind, name))
-        for name in ("weights", "grouped", "fan_in", "bias", "positions", "flops", "matrix", "part_replaced"):
+        for name in ("weights", "layout", "grouped", "fan_in", "bias", "positions", "flops", "matrix", "part_replaced"):
             setattr(self, name, getattr(kind, name))
         if module_class.forward is kind.module_class.forward:
             self.sparse = kind.sparse
@@ -212,6 +219,10 @@ class Unknown(Kind):
 UNKNOWN = Unknown(nn.Module)
 #: by class of modules
 REGISTRY: dict[type[nn.Module], Kind] = {}
+#: kinds for classes of libraries that are not imported here, by "module.Class"
+_FOREIGN: dict[str, Callable[[type[nn.Module]], Kind]] = {}
+#: kinds for modules of unknown classes, known by what they hold
+_BY_LOOKS: list[tuple[Callable[[nn.Module], bool], Kind]] = []
 
 
 def register(kind: Kind) -> Kind:
@@ -234,14 +245,30 @@ def register(kind: Kind) -> Kind:
     return kind
 
 
+def foreign(name: str, kind: Callable[[type[nn.Module]], Kind]) -> None:
+    """Make a kind known for a class of another library, by "module.Class": registered where the class is first met."""
+    _FOREIGN[name] = kind
+
+
+def by_looks(looks: Callable[[nn.Module], bool], kind: Kind) -> None:
+    """Make a kind known for modules of unknown classes that look like it."""
+    _BY_LOOKS.append((looks, kind))
+
+
 def of(module: nn.Module) -> Kind:
     """The kind of a module; of an unknown subclass of a known class what it inherits, else `UNKNOWN`."""
     cls = type(module)
     kind = REGISTRY.get(cls)
     if kind is not None:
         return kind
-    parent = next((parent for parent in cls.__mro__ if parent in REGISTRY), None)
-    return UNKNOWN if parent is None else Inherited(cls, REGISTRY[parent])
+    for parent in cls.__mro__:
+        if parent not in REGISTRY:
+            make = _FOREIGN.get(f"{parent.__module__}.{parent.__qualname__}")
+            if make is None:
+                continue
+            register(make(parent))
+        return REGISTRY[cls] if parent is cls else Inherited(cls, REGISTRY[parent])
+    return next((kind for looks, kind in _BY_LOOKS if looks(module)), UNKNOWN)
 
 
 def named(name: str) -> Kind | None:
