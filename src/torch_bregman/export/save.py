@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..distributed import require_whole
 from ..files import write_atomically
 from ..layers import weight_layers
-from ..text import table
+from ..text import Shown, table
 from . import descriptions
 from .descriptions import unwrapped
 from .file import (
@@ -53,7 +53,7 @@ class SavedTensor(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Saved:
+class Saved(Shown):
     """What `save_sparse` wrote; prints as a sentence with the bytes before and after.
 
     `dense_bytes`: what safetensors takes for the same tensors in their own dtypes, a tied one once. `kept` of `size`:
@@ -77,11 +77,17 @@ class Saved:
         """bytes / dense_bytes."""
         return self.bytes / self.dense_bytes
 
-    def __str__(self) -> str:
+    def shown(self) -> list[str]:
         weights = f"; {self.kept:,} of {self.size:,} weights kept ({self.density:.3%})" if self.size else ""
-        return f"{self.path}: {self.bytes:,} bytes, {self.share:.2%} of the {self.dense_bytes:,} stored dense{weights}"
+        return [
+            f"{self.path}: {self.bytes:,} bytes, {self.share:.2%} of the {self.dense_bytes:,} stored dense{weights}"
+        ]
 
-    __repr__ = __str__
+    def to_dict(self) -> dict[str, float | str]:
+        made: dict[str, float | str] = {"path": str(self.path), "bytes": self.bytes, "dense_bytes": self.dense_bytes}
+        if self.size:
+            made |= {"density": self.density, "kept": self.kept, "size": self.size}
+        return made | {f"bytes/{row.name}": row.bytes for row in self.tensors}
 
     def table(self) -> str:
         """One row per stored tensor."""

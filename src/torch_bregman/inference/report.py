@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..text import table
+from ..text import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class LayerChoice:
     why: str
 
 
-@dataclass(frozen=True)
-class InferenceReport:
+@dataclass(frozen=True, repr=False)
+class InferenceReport(Shown):
     """What was chosen and why. `dense` and `seconds`: of the given network and of the result, for `batch` samples."""
 
     layers: tuple[LayerChoice, ...]
@@ -32,7 +32,7 @@ class InferenceReport:
     result: str
     notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def shown(self) -> list[Table | str]:
         head = ("layer", "weight", "density", "dense µs", "sparse µs", "chosen", "why")
         rows = [
             (c.name, "×".join(map(str, c.shape)), f"{c.density:.1%}", _microseconds(c.dense), _microseconds(c.sparse),
@@ -48,7 +48,18 @@ class InferenceReport:
             if self.seconds < self.dense
             else self.result
         )
-        return "\n".join([table([head, *rows], left={0, 1, 5, 6}), f"{whole}, {gain}", *self.notes])
+        return [Table([head, *rows], left={0, 1, 5, 6}), f"{whole}, {gain}", *self.notes]
+
+    def to_dict(self) -> dict[str, float | str]:
+        made: dict[str, float | str] = {
+            "batch": self.batch, "threads": self.threads, "dense_ms": 1e3 * self.dense, "ms": 1e3 * self.seconds,
+            "result": self.result,
+        }  # fmt: skip
+        for layer in self.layers:
+            made[f"chosen/{layer.name}"], made[f"density/{layer.name}"] = layer.chosen, layer.density
+            times = {"dense_ms": layer.dense, "sparse_ms": layer.sparse}
+            made |= {f"{name}/{layer.name}": 1e3 * time for name, time in times.items() if time is not None}
+        return made
 
 
 def _microseconds(seconds: float | None) -> str:

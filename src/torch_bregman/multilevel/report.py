@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..text import table
+from ..text import Shown, Table
 from .choice import Choice
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """Per layer, and for the whole network, what was chosen and the seconds of a training pass both ways."""
 
     choices: dict[str, Choice]
@@ -25,9 +25,12 @@ class Report:
             for name, choice in self.choices.items()
         ]  # fmt: skip
 
-    def __str__(self) -> str:
+    def shown(self) -> list[Table | str]:
         lines = [["layer", "computes", "density", "dense ms", "sparse ms", "faster"]]
         for name, choice in self.choices.items():
             times = [f"{1e3 * choice.dense:.3f}", f"{1e3 * choice.sparse:.3f}", f"{choice.dense / choice.sparse:.1f} x"]
             lines.append([name, choice.kind, f"{choice.density:.3%}", *times])
-        return table(lines, left=(0, 1))
+        return [Table(lines, left=(0, 1))]
+
+    def to_dict(self) -> dict[str, float | str]:
+        return {f"{key}/{row['layer']}": row[key] for row in self.rows() for key in row if key != "layer"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_atomically
-from ..text import table
+from ..text import Shown, Table
 from .figures import SPARSE, SPARSE_ONNX, Fact, Latency, Units
 from .stored import fact_of, latency_of, number, text, units_of
 from .words import EQUAL, SAME, Line, fact_line, judged, latency_line
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-@dataclass(frozen=True)
-class Proof:
+@dataclass(frozen=True, repr=False)
+class Proof(Shown):
     """What `prove` found; prints as tables, and `write` and `read` keep it as JSON.
 
     Attributes:
@@ -142,13 +142,23 @@ class Proof:
         shown = f"off by {self.difference:.1g}" if self.difference else "the same"
         return Line(("outputs after that", "", shown, said if self.difference else ""), None if same else False)
 
-    def __str__(self) -> str:
+    def shown(self) -> list[Table | str]:
         # The first columns and the last are words, those between them figures.
-        parts = [
-            table([head, *(line.cells for line in lines)], left={*words, len(head) - 1}) + "\n"
+        (facts, speed) = (
+            Table([head, *(line.cells for line in lines)], left={*words, len(head) - 1})
             for (head, lines), words in ((self.comparison, {0}), (self.speed, {0, 1}))
-        ]
-        return "\n".join([*parts, self.verdict, "", *self.explanations])
+        )
+        return [facts, "", speed, "", self.verdict, "", *self.explanations]
+
+    def to_dict(self) -> dict[str, float | str]:
+        made: dict[str, float | str] = {f"{self.measure}/{name}": value for name, value in self.accuracy.items()}
+        made |= {"density": self.density, "difference": self.difference}
+        for fact in self.facts:
+            made |= {f"{fact.name}/dense": fact.dense, f"{fact.name}/sparse": fact.sparse}
+        for row in self.latencies:
+            if row.p50 is not None:
+                made[f"ms at batch {row.batch}/{row.contender}"] = 1e3 * row.p50
+        return made
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..text import table
+from ..text import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Row:
     rank: int | None = None
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `shrink` did, layer by layer; `str()` is a table.
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """What `shrink` did, layer by layer; prints as a table.
 
     Attributes:
         rows: one per layer, in the order of the network.
@@ -46,7 +46,7 @@ class Report:
     difference: float
     notes: list[str] = field(default_factory=list)
 
-    def __str__(self) -> str:
+    def shown(self) -> list[Table | str]:
         lines: list[tuple[str, ...]] = [("layer", "units", "inputs", "parameters", "")]
         for row in self.rows:
             remark = f"rank {row.rank}: two factors" if row.rank else ""
@@ -58,4 +58,12 @@ class Report:
         whole = (
             f"{before:,} → {after:,} parameters ({after / max(before, 1):.1%}), outputs within {self.difference:.1e}"
         )
-        return "\n".join([table(lines, left={0, 4}), whole, *self.notes])
+        return [Table(lines, left={0, 4}), whole, *self.notes]
+
+    def to_dict(self) -> dict[str, float | str]:
+        before, after = self.parameters
+        made: dict[str, float | str] = {"parameters": after, "dense_parameters": before, "difference": self.difference}
+        for row in self.rows:
+            made[f"parameters/{row.name}"] = row.parameters[1]
+            made[f"outputs/{row.name}"], made[f"inputs/{row.name}"] = row.after
+        return made
