@@ -29,6 +29,7 @@ def made(tmp_path_factory):
         levels.step()
     fact, latency = Fact("parameters", 83.0, 40.0, "", "all"), Latency("dense, PyTorch", 1, 1, 1e-3, 2e-3, 1.5)
     return {
+        "density": tb.sparsity_report(model, rank=True),
         "shrink": tb.shrink(model, (x,)).report,
         "inference": tb.optimize_for_inference(model, (x,)).report,
         "levels": levels.report,
@@ -37,7 +38,7 @@ def made(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", ["shrink", "inference", "levels", "file", "proof"])
+@pytest.mark.parametrize("name", ["density", "shrink", "inference", "levels", "file", "proof"])
 def test_a_report_is_its_text_a_table_and_plain_values(made, name):
     report = made[name]
     assert isinstance(report, Shown)
@@ -54,6 +55,11 @@ def test_a_report_is_its_text_a_table_and_plain_values(made, name):
 
 
 def test_the_values_are_those_of_the_layers(made):
+    report = made["density"]
+    values = report.to_dict()
+    assert (values["density"], values["density/0.weight"]) == (report.density, report.layers[0].density)
+    assert (values["kept"], values["size"], values["counted"]) == (*report.weights, 1.0)
+    assert values["rank/2.weight"] <= 3
     assert made["shrink"].to_dict()["parameters"] == made["shrink"].parameters[1]
     assert made["shrink"].to_dict()["outputs/2"] == 3
     assert made["inference"].to_dict()["chosen/0"] in ("dense", "sparse")

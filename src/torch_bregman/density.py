@@ -12,7 +12,7 @@ from .layers import Uncounted, matrix_entries, weight_layers
 from .naming import Names, name_weights
 from .network.reparametrised import warn_reparametrised
 from .regularizers import NuclearNorm
-from .text import table
+from .text import Shown, Table
 
 
 def check_density(density: float, *, name: str = "density", one_allowed: bool = False) -> None:
@@ -65,8 +65,8 @@ class LayerSparsity:
         return self.weights[0] / max(self.weights[1], 1)
 
 
-@dataclass(frozen=True)
-class SparsityReport:
+@dataclass(frozen=True, repr=False)
+class SparsityReport(Shown):
     """Per layer and in total what is alive, each with its denominator. Prints as a table."""
 
     layers: tuple[LayerSparsity, ...]
@@ -108,14 +108,25 @@ class SparsityReport:
         """(alive, all) (out, in) kernels of the Conv weights."""
         return self._total([layer.kernels for layer in self.layers])
 
-    def __str__(self) -> str:
+    def shown(self) -> list[Table | str]:
         head = ["layer", "shape", "weights", "density", "outputs", "inputs", "kernels", "rank"]
         rows = [head, *([_cell(value) for value in self._row(layer)] for layer in self.layers)]
         kept, size = self.weights
         rows.append(["all", "", f"{kept:,}/{size:,}", f"{self.density:.3%}", "", "", _cell(self.kernels), ""])
         keep = [i for i in range(len(head)) if any(row[i] for row in rows[1:])]
-        shown = table([[row[i] for i in keep] for row in rows], left=range(2))
-        return f"{shown}\nalive/all; weights: non-zero entries, biases and norms not counted; {self.coverage}"
+        shown = Table([[row[i] for i in keep] for row in rows], left=range(2))
+        return [shown, f"alive/all; weights: non-zero entries, biases and norms not counted; {self.coverage}"]
+
+    def to_dict(self) -> dict[str, float | str]:
+        (kept, size), (counted, every) = self.weights, self.counted
+        made: dict[str, float | str] = {
+            "density": self.density, "kept": kept, "size": size, "counted": counted / max(every, 1),
+        }  # fmt: skip
+        for layer in self.layers:
+            made[f"density/{layer.name}"], made[f"outputs/{layer.name}"] = layer.density, layer.outputs[0]
+            if layer.rank is not None:
+                made[f"rank/{layer.name}"] = layer.rank[0]
+        return made
 
     @property
     def coverage(self) -> str:
