@@ -398,3 +398,38 @@ def test_opens_in_a_browser(run: Path, tmp_path: Path) -> None:
     for text in ("asked 5.00 % / got 5.00 %", "8,680 of 173,600 weights", "dense twin 98.40 %, −0.30 points"):
         assert text in dom
     assert dom.count("<svg") == 6
+
+
+# ---------------------------------------------------------------------- a network in a loop of one's own
+
+
+def test_a_network_is_drawn_without_a_run(tmp_path: Path) -> None:
+    import torch_bregman as tb
+    from torch_bregman.report import picture
+
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"<b>": torch.nn.Linear(40, 30), "head": torch.nn.Conv2d(4, 5, 3)})
+    tb.sparse_init_(model, 0.2)
+    drawn = picture(model)
+    page = drawn._repr_html_()
+    assert "<b>" not in page
+    assert page.count("<img") == 2
+    assert page.count("<svg") == 1
+    assert page.count("20.00 %") >= 3  # both layers, and all
+    uri = page.split('src="data:image/png;base64,')[1].split('"')[0]
+    assert base64.b64decode(uri).startswith(b"\x89PNG")
+    assert "var(--sparse)" in page
+    assert "--sparse:#0072b2" in page  # no page of ours defines the colours in a notebook
+    assert drawn.write(tmp_path / "net.html").read_text(encoding="utf-8").count("<svg") == 1
+
+
+def test_a_network_with_nothing_alive_and_one_of_many_layers_are_drawn() -> None:
+    from torch_bregman.report import picture
+
+    empty = torch.nn.Linear(3, 2)
+    torch.nn.init.zeros_(empty.weight)
+    assert "0.00 %" in picture(empty)._repr_html_()
+    many = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(60)))
+    page = picture(many)._repr_html_()
+    assert page.count("<img") == 40
+    assert page.count("<svg") == 2

@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from torch_bregman.extras import needs_extra
 from torch_bregman.files import write_atomically
 from torch_bregman.report import plots
-from torch_bregman.report.patterns import png_data_uri
+from torch_bregman.report.patterns import page_size, png_data_uri
 from torch_bregman.report.records import Record, read_patterns, read_run, table
 from torch_bregman.report.summary import tiles, title
 from torch_bregman.report.words import ON_TARGET, clean, number, percent
 
 __all__ = ["write_report"]
-
-LONG_SIDE, SHORT_SIDE = 144, 16  # pixels on the page: the most for a pattern's long side, the least for its short one
 
 
 @dataclass(frozen=True)
@@ -202,14 +200,11 @@ def _choices(record: Record) -> list[Choice]:
 
 
 def _pictures(pictures: dict[str, NDArray[np.uint8]]) -> list[Picture]:
-    """Each picture enlarged by a whole factor, so that all its pixels are equally large."""
+    """The pictures of one layer, from the start to the end."""
     made = []
     for when in ("start", "middle", "end"):
         if when in pictures and pictures[when].size:
-            height, width = pictures[when].shape
-            factor = max(1, LONG_SIDE // max(height, width))
-            stretch = [max(1, math.ceil(SHORT_SIDE / (factor * side))) * factor * side for side in (width, height)]
-            made.append(Picture(when, png_data_uri(pictures[when]), *stretch))
+            made.append(Picture(when, png_data_uri(pictures[when]), *page_size(pictures[when])))
     return made
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from torch_bregman.extras import needs_extra
 
-__all__ = ["png_data_uri", "weight_pattern"]
+__all__ = ["page_size", "png_data_uri", "weight_pattern"]
+
+LONG_SIDE, SHORT_SIDE = 144, 16  # pixels on a page: the most for a pattern's long side, the least for its short one
 
 FAINTEST = 110  # of 255: what a block with hardly anything alive is drawn with, so that it is seen at all
 
@@ -38,6 +41,14 @@ def weight_pattern(weight: Tensor, size: int = 128) -> NDArray[np.uint8]:
             count = np.add.reduceat(count, starts[axis], axis=axis, dtype=np.int64)
     share = count / area
     return np.where(count > 0, np.rint(FAINTEST + (255 - FAINTEST) * np.sqrt(share)), 0).astype(np.uint8)
+
+
+def page_size(picture: NDArray[np.uint8]) -> tuple[int, int]:
+    """(width, height) on a page, enlarged by whole factors, so that all pixels are equally large."""
+    height, width = picture.shape
+    factor = max(1, LONG_SIDE // max(height, width))
+    across, down = (max(1, math.ceil(SHORT_SIDE / (factor * side))) * factor * side for side in (width, height))
+    return across, down
 
 
 def png_data_uri(picture: NDArray[np.uint8], ink: tuple[int, int, int] = (31, 127, 196)) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+from torch_bregman.density import LayerSparsity
 from torch_bregman.extras import needs_extra
 from torch_bregman.proof import Units
 from torch_bregman.report.records import Record, series
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MAX_LAYERS", "accuracy", "density", "lam", "layers", "loss", "seconds", "shown_layers", "style", "units",
-           "work"]  # fmt: skip
+__all__ = ["MAX_LAYERS", "accuracy", "densities", "density", "lam", "layers", "loss", "seconds", "shown_layers",
+           "style", "units", "work"]  # fmt: skip
 
 # Blue and vermilion of Okabe & Ito: told apart with every common kind of colour blindness, and in grey.
 SPARSE, DENSE, INK, MUTED, GRID, CARD = "#0072b2", "#d55e00", "#1c2430", "#66707c", "#e2e6ea", "#fefefe"
@@ -35,6 +36,7 @@ ONE_COLUMN = 10  # layers in one figure; more are drawn in two
 MAX_LAYERS = 40  # more rows than this are no picture; the table of the page has them all
 
 Label = tuple[float, str, str]  # y in data units, text, colour
+Bar = tuple[str, float, float, str]  # name, what there was, what is alive, text
 
 
 @contextmanager
@@ -194,28 +196,40 @@ def units(layers: Sequence[Units]) -> list[str]:
     shown = [layer for layer in layers if layer.before[0] > 0]
     largest = sorted(shown, key=lambda layer: -layer.before[0])[:MAX_LAYERS]
     shown = [layer for layer in shown if layer in largest][:MAX_LAYERS]
-    if len(shown) <= ONE_COLUMN:
-        return [_bars(shown, shown, "units")] if shown else []
-    half = (len(shown) + 1) // 2
-    return [_bars(shown[:half], shown, "units"), _bars(shown[half:], shown, "units-more")]
+    rows = [(one.layer, one.before[0], one.after[0], f"{one.after[0]:,} of {one.before[0]:,}") for one in shown]
+    return _columns(rows, "units")
 
 
-def _bars(layers: Sequence[Units], scale: Sequence[Units], name: str) -> str:
+def densities(layers: Sequence[LayerSparsity]) -> list[str]:
+    """Density of every layer, of the largest ones where there are many: bars from zero on one scale, as `units`."""
+    largest = sorted(layers, key=lambda layer: -layer.weights[1])[:MAX_LAYERS]
+    rows = [(one.name, 0.0, one.density, percent(one.density)) for one in layers if one in largest]
+    return _columns(rows[:MAX_LAYERS], "densities")
+
+
+def _columns(bars: Sequence[Bar], name: str) -> list[str]:
+    if len(bars) <= ONE_COLUMN:
+        return [_bars(bars, bars, name)] if bars else []
+    half = (len(bars) + 1) // 2
+    return [_bars(bars[:half], bars, name), _bars(bars[half:], bars, f"{name}-more")]
+
+
+def _bars(bars: Sequence[Bar], scale: Sequence[Bar], name: str) -> str:
     gap, band, left = 18.0, 16.0, 2.0  # a row: its name, then its bar
     pitch = gap + band + 8
-    height = len(layers) * pitch + 4
+    height = len(bars) * pitch + 4
     figure = _canvas(height)
     axes = figure.add_axes((left / WIDTH, 0, (WIDTH - left - RIGHT) / WIDTH, 1))
     axes.set_axis_off()
-    axes.set_xlim(0, max(layer.before[0] for layer in scale))
+    axes.set_xlim(0, max(max(size for _, *pair, _ in scale for size in pair), 1e-12))
     axes.set_ylim(height, 0)
-    for index, layer in enumerate(layers):
+    for index, (layer, before, alive, text) in enumerate(bars):
         top = index * pitch + gap
-        axes.barh(top, layer.before[0], band, align="edge", color=DENSE, alpha=0.3, lw=0)
-        axes.barh(top, layer.after[0], band, align="edge", color=SPARSE, lw=0)
-        axes.annotate(clean(layer.layer, 48), (0, top - 5), color=INK, size=11.5, parse_math=False)
+        axes.barh(top, before, band, align="edge", color=DENSE, alpha=0.3, lw=0)
+        axes.barh(top, alive, band, align="edge", color=SPARSE, lw=0)
+        axes.annotate(clean(layer, 48), (0, top - 5), color=INK, size=11.5, parse_math=False)
         axes.annotate(
-            f"{layer.after[0]:,} of {layer.before[0]:,}", (1, top + band / 2), (9, 0), ("axes fraction", "data"),
+            text, (1, top + band / 2), (9, 0), ("axes fraction", "data"),
             "offset points", va="center", color=SPARSE, size=11.5, weight="bold", parse_math=False,
         )  # fmt: skip
     return _svg(figure, name)

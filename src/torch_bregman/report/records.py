@@ -106,7 +106,10 @@ def read_run(run: str | Path) -> Record:
     """Read the folder `run` and, where there is one, its dense twin. Raises FileNotFoundError if `run` is no folder."""
     path = Path(run)
     if not path.is_dir():
-        raise FileNotFoundError(f"`run` must be the folder of a run, got {str(path)!r}, which is no folder")
+        raise FileNotFoundError(
+            f"`run` must be the folder of a run, got {str(path)!r}, which is no folder; of a network of your own loop "
+            "write torch_bregman.report.picture(model)"
+        )
     record = Record(path)
     _read_recipe(record)
     _read_metrics(record)
