@@ -5,7 +5,7 @@
 | `cycle` | the phases, their counts, the state that is saved |
 | `supports` | which weights can be restricted, and to what |
 | `exchange` | the optimizer holds live parts in place of weights |
-| `live`, `waiting` | a weight and its live part, written when somebody looks |
+| `live`, `restricted`, `gradient` | a weight and its live part: its values and gradient, shown when somebody looks |
 | `off_support` | how v moves further in the fine steps |
 | `contest`, `choice`, `report` | what computes how, decided by timing |
 | `modules`, `watch`, `layers`, `sequential`, `network_watch` | standing between modules and their calls |

@@ -46,7 +46,8 @@ class Multilevel:
     In a coarse phase the parameters of the optimizer are the live parts, so that its state, its time and the gradients
     shrink with the density, and a layer that is faster so computes with them alone. The weights of the model hold the
     live values and zeros at all times, and `state_dict()` of model and optimizer are those of the full network.
-    Gradients of restricted weights are found at the parameters of the optimizer: clip those, not `model.parameters()`.
+    `grad` of a restricted weight shows the gradient of its live part, zeros elsewhere: clear, clip and change gradients
+    at `model.parameters()` or at the parameters of the optimizer, as you like.
     λ waits for the next fine step, also that of `TargetDensity`, whose `step()` may be called before or after this one.
 
     Under `DistributedDataParallel` pass the DDP module. Fine steps are DDP's own. In a coarse phase the ranks average
@@ -193,7 +194,7 @@ class Multilevel:
         parts = self._exchange.parts
         self._last = [] if at_once else [part.describe(self._modules.layers) for part in parts]
         self._off_support.phase_ended(0 if at_once else self._phase, [] if at_once else parts)
-        self._exchange.end()
+        self._exchange.end(gradients=at_once)
         if self._modules.network is not None:
             self._modules.network.end()
         if at_once:

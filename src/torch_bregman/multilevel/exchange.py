@@ -84,8 +84,7 @@ class Exchange:
             name: where.restrict(value) if name not in NOT_SHAPED and isinstance(value, Tensor) else value
             for name, value in held.items()
         }
-        if full.grad is not None:  # of the last step; whoever does not reset gradients adds the next ones to it
-            live.values.grad, full.grad = where.restrict(full.grad), None
+        live.begin()
         part = Exchanged(group, place, live, self.regularizer(group), held, small)
         self.parts.append(part)
         self._show(part, full=False)
@@ -137,10 +136,10 @@ class Exchange:
         reg = part.regularizer
         optimizer.regularizers[part.group] = reg if full or reg is None else reg.restricted()
 
-    def end(self) -> None:
-        """Back to the weights themselves."""
+    def end(self, *, gradients: bool) -> None:
+        """Back to the weights themselves; `gradients`: with those of the live parts, as a step is still to come."""
         for part in self.parts:
-            part.live.finish()
+            part.live.finish(gradient=gradients)
             if part.live.near is not None:
                 # Entries near the threshold that have passed it wait there: the next fine step brings them to life.
                 state = self.optimizer.state[part.live.values]
@@ -151,18 +150,10 @@ class Exchange:
         self.optimizer.forget()
 
     def follow_edits(self) -> bool:
-        """Let the live parts follow weights that were changed from outside; False where others have come alive.
-
-        Then gradients are where they belong when the weights themselves are back.
-        """
+        """Let the live parts follow weights that were changed from outside; False where others have come alive."""
         edited = [part.live for part in self.parts if part.live.edited()]
         for live in edited:
             if torch.count_nonzero(live.full) != torch.count_nonzero(live.where.restrict(live.full)):
-                for part in self.parts:
-                    grad = part.live.values.grad
-                    if grad is not None:
-                        part.live.full.grad = torch.zeros_like(part.live.full)
-                        part.live.where.prolong(grad, part.live.full.grad)
                 return False
         for live in edited:
             live.read()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..part import Part
 from ..regularizers import Regularizer
-from . import waiting
+from . import restricted
+from .gradient import LiveGradient
 
 
 class Live:
@@ -41,18 +42,41 @@ class Live:
         self.values = nn.Parameter(where.restrict(full))
         self.finished = self.stale = self.waits = False
         self.version = full._version
-        self._hook: Any = full.register_post_accumulate_grad_hook(self._receive)  # type: ignore[no-untyped-call]
+        self._hook: Any = None
 
-    def _receive(self, full: Tensor) -> None:
+    def begin(self) -> None:
+        """The optimizer holds the live part: from now on gradients of W are gradients of it."""
+        self._receive()  # of the last step; whoever does not clear gradients adds the next ones to it
+        restricted.begin(self.full, self)
+        hook = self.full.register_post_accumulate_grad_hook(lambda _: self._receive())  # type: ignore[no-untyped-call]
+        self._hook = hook
+
+    def _receive(self) -> None:
         """Take over the gradient that a dense computation has left."""
-        grad, full.grad = full.grad, None
-        assert grad is not None
-        part = self.where.restrict(grad)
+        grad = restricted.own(self.full, "grad")
+        if grad is None:
+            return
+        restricted.set_own(self.full, "grad", None)
+        part = self.where.restrict(grad.dense() if isinstance(grad, LiveGradient) else grad)
         self.values.grad = part if self.values.grad is None else self.values.grad.add_(part)
+
+    @property
+    def gradient(self) -> LiveGradient | None:
+        """That of the live part, in the shape of W."""
+        self._receive()
+        return None if self.values.grad is None else LiveGradient(self.values.grad, self.where)
+
+    @gradient.setter
+    def gradient(self, gradient: Tensor | None) -> None:
+        if isinstance(gradient, LiveGradient) and gradient.held is self.values.grad and gradient.shows is None:
+            return
+        restricted.set_own(self.full, "grad", None if gradient is None else gradient)  # torch sees whether it fits
+        self.values.grad = None
+        self._receive()
 
     def wait(self) -> None:
         """Nobody reads W in the steps to come: write it only when somebody does."""
-        self.waits = waiting.wait(self.full, self)
+        self.waits = restricted.wait(self.full)
 
     def write(self) -> None:
         """The values, to where they belong in W."""
@@ -81,13 +105,21 @@ class Live:
             return False
         return not torch.equal(self.pattern.restrict(self.plain), self.values.detach()[: len(self.pattern)])
 
-    def finish(self) -> None:
-        """Leave gradients where they belong; the values stay for those that still compute with them."""
+    def finish(self, *, gradient: bool = False) -> None:
+        """Leave gradients where they belong; the values stay for those that still compute with them.
+
+        `gradient`: W gets the one of the live part, with zeros elsewhere.
+        """
         self.flush()
-        waiting.end(self.full)
         self.waits = False
-        self._hook.remove()
         self.finished = True
+        if self._hook is None:
+            return
+        shown = self.gradient
+        restricted.end(self.full)
+        self._hook.remove()
+        if gradient and shown is not None:
+            self.full.grad = shown.dense()
 
 
 def part_of(weight: Tensor, regularizer: Regularizer | None, index: Tensor | None = None) -> Part:
