@@ -23,7 +23,7 @@ POINTWISE = [
     "divide", "true_divide", "pow", "clamp", "clamp_", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "lerp",
     "addcmul", "addcdiv", "clone",
 ]  # fmt: skip
-OPERATORS = ["add", "sub", "mul", "truediv", "pow", "neg", "pos", "abs", "iadd", "isub", "imul", "itruediv"]
+OPERATORS = ["add", "sub", "mul", "truediv", "pow", "neg", "abs", "iadd", "isub", "imul", "itruediv"]
 
 
 def named(where: Any, rules: Mapping[str, Rule]) -> dict[Any, Rule]:
@@ -49,7 +49,9 @@ METHODS: dict[str, Rule] = {
 FUNCTIONS: dict[Any, Rule] = {
     **named(torch, {**SHARED, **POOLS, "cat": concatenate, "concat": concatenate, "concatenate": concatenate}),
     **named(F, {**dict.fromkeys(POINTWISE, pointwise), **POOLS}),
-    **named(operator, dict.fromkeys(OPERATORS, pointwise)),
+    **named(operator, {**dict.fromkeys(OPERATORS, pointwise), "pos": unchanged}),
     F.dropout: dropout, F.dropout1d: dropout, F.dropout2d: dropout, F.dropout3d: dropout,
     F.interpolate: interpolate, getattr: read_sizes, operator.getitem: item,
 }  # fmt: skip
+#: rules of operations whose results nobody else has
+NEW: tuple[Rule, ...] = (pointwise, mean, concatenate)

@@ -65,6 +65,12 @@ class HeadsWalk(Walk):
         self.edits: list[Edit] = []
         super().__init__(model, trace, alive)
 
+    def forget(self, node: fx.Node) -> None:
+        super().forget(node)
+        known = [self.heads.pop(node)] if node in self.heads else self.pieces.pop(node, [])
+        for piece in known:
+            self.hold(piece.ids.flatten())
+
 
 #: (walk, node) → what is known of the result, or None: nothing
 HeadsRule = Callable[[HeadsWalk, fx.Node], "Heads | Wire | list[Any] | None"]
@@ -74,12 +80,6 @@ def sizes_of(node: fx.Node) -> tuple[tuple[Any, ...], bool]:
     """The sizes that a view is given, and whether they come as one sequence."""
     last: Any = node.args[-1]
     return (tuple(last), True) if isinstance(last, tuple | list) else (node.args[1:], False)
-
-
-def leaves_free(node: fx.Node) -> bool:
-    """Whether the last size of a view is left open, so that the channels may change."""
-    sizes, _ = sizes_of(node)
-    return bool(sizes) and isinstance(sizes[-1], int) and sizes[-1] == -1
 
 
 def split(walk: HeadsWalk, node: fx.Node) -> Heads | Wire | None:

@@ -11,35 +11,61 @@ from typing import Any
 import torch
 from torch import fx
 
+from .memory import name_of
 from .walk import Walk, Wire, barrier, channelwise, only_input, options, unchanged, zeros_stay
 
 
 def pointwise(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """f(x), x + y, ...: of constants, a constant."""
     nodes = node.all_input_nodes
-    wires = None if "out" in node.kwargs or not _harmless(walk, node, module) else walk.aligned(nodes)
+    wires = None if "out" in node.kwargs else aligned(walk, node)
     if wires is None:
         return barrier(walk, node, module)
-    values = {n: wire.value.clone() for n, wire in zip(nodes, wires, strict=True)}
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    if module is not None:
-        value = module.forward(*args, **kwargs)
-    elif node.op == "call_method":
-        value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    constants = torch.stack([wire.constant for wire in wires.values()])
+    channels = torch.stack([wire.value for wire in wires.values()])
+    constant, value = constants.all(0), channels[0]
+    if len(wires) < len(nodes):  # one number for all channels, which is not followed
+        constant = torch.zeros_like(constant)
     else:
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
-    constant = torch.stack([wire.constant for wire in wires]).all(0)
-    return walk.emit(wires[0].dim, wires[0].ids, constant, value)
+        values = {n: wire.value.clone() for n, wire in wires.items()}
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if module is not None:
+            value = module.forward(*args, **kwargs)
+        elif node.op == "call_method":
+            value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+    if name_of(node).strip("_") in PRODUCTS:  # zero, whatever the other is
+        zero = (constants & (channels == 0)).any(0)
+        constant, value = constant | zero, torch.where(zero, 0.0, value)
+    first = next(iter(wires.values()))
+    return walk.emit(first.dim, first.ids, constant, value)
 
 
-def _harmless(walk: Walk, node: fx.Node, module: Any) -> bool:
-    """Whether nobody else sees what the operation writes in place."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv") or getattr(module, "inplace", False)
-    if not in_place and not node.kwargs.get("inplace") and not any(arg is True for arg in node.args):
-        return True
-    first = node.all_input_nodes[0]
-    return len(first.users) == 1 and walk.operation(first).makes_new
+PRODUCTS = ("mul", "imul", "multiply")
+
+
+def aligned(walk: Walk, node: fx.Node) -> dict[fx.Node, Wire] | None:
+    """Where the channels of the inputs correspond one to one: the wires of those that have them, as the result has.
+
+    The inputs are broadcast, so dimensions are counted from the last. Inputs that have one entry for all channels are
+    left out. None if the channels do not correspond, or no input has any.
+    """
+    nodes, n = node.all_input_nodes, len(walk.shapes[node])
+    places = {wire.dim - len(walk.shapes[x]) for x in nodes if (wire := walk.wires[x]) is not None}
+    if len(places) != 1:
+        return None
+    (place,) = places
+    wires: dict[fx.Node, Wire] = {}
+    for x in nodes:
+        shape = walk.shapes.get(x, ())
+        if len(shape) >= -place and shape[place] == walk.shapes[node][place]:
+            wires[x] = walk.at(x, len(shape) + place)._replace(dim=n + place)
+        elif (wire := walk.wires[x]) is not None:  # one channel for all of the others
+            walk.hold(wire.ids)
+    first, *others = wires.values()
+    walk.pairs += [(first.ids, other.ids) for other in others]
+    return wires
 
 
 def dropout(walk: Walk, node: fx.Node, module: Any) -> Wire | None:

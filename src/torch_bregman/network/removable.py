@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import kinds
-from .heads import CHANNELS, HEADS, HeadsRule, HeadsWalk, follow, leaves_free, stop
+from .heads import CHANNELS, HEADS, HeadsRule, HeadsWalk, follow, stop
 from .lookup import operation
-from .shapes import view
+from .shapes import view, viewed
 from .walk import Call, Operation, Trace, barrier, components, numbers
 
 CARRIES = "carries the constants of removed ones through a zero padding"
@@ -76,12 +76,12 @@ class RemovableChannels(HeadsWalk):
                 ours = stop if usual.module is None else kinds.of(usual.module).follow_heads
         elif called and usual.rule in (barrier, view) and sources and self.wires.get(sources[0]) is not None:
             ours = CHANNELS.get(node.target)
-            if usual.rule is view and leaves_free(node):
+            if usual.rule is view and viewed(self, node)[0] is not None:
                 ours = None
         if ours is None:
             return usual
         found = ours
-        return Operation(lambda walk, node, module: follow(self, node, found), usual.module)
+        return usual._replace(rule=lambda walk, node, module: follow(self, node, found), numbers=False)
 
     def hold(self, ids: Tensor) -> None:
         self.needs.append((ids, _operation(self.node, self.module)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import operator
+import math
 from typing import Any
 
+import torch
 from torch import fx
 
 from .walk import Walk, Wire, barrier, channelwise, only_input, options
@@ -19,19 +20,47 @@ def flatten(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
     return merged(walk, node, module, wire, start, end)
 
 
-@channelwise
-def view(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+def view(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     """x.view(x.size(0), -1) and the like; where a size is written as a number, the channels cannot change it."""
+    result, counted = viewed(walk, node)
+    walk.hold_numbers([n for n in node.all_input_nodes if n is not counted])
+    return barrier(walk, node, module) if result is None else result
+
+
+def viewed(walk: Walk, node: fx.Node) -> tuple[Wire | None, Any]:
+    """The wire of a view whose sizes follow the channels, and which of them is the number of channels."""
+    wire = only_input(walk, node)
     before, after = walk.shapes[node.all_input_nodes[0]], walk.shapes[node]
     sizes = node.args[1:]
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         sizes = tuple(sizes[0])
-    last = len(after) - 1
-    if node.kwargs or len(sizes) != len(after) or after[:last] != before[:last] or not last <= wire.dim:
-        return barrier(walk, node, module)
-    if not isinstance(sizes[-1], int) or sizes[-1] != -1:
-        return barrier(walk, node, module)
-    return merged(walk, node, module, wire, last, len(before) - 1)
+    if wire is None or node.kwargs or len(sizes) != len(after):
+        return None, None
+    at, last = _kept_place(before, after, wire.dim), len(after) - 1
+    if at >= 0 and (_is_open(sizes[at]) or _counts(walk, sizes, at, wire)):
+        return wire._replace(dim=at), sizes[at]
+    if 0 < last <= wire.dim and after[:last] == before[:last] and _is_open(sizes[last]):
+        return merged(walk, node, None, wire, last, len(before) - 1), None
+    return None, None
+
+
+def _is_open(size: Any) -> bool:
+    return isinstance(size, int) and size == -1
+
+
+def _counts(walk: Walk, sizes: tuple[Any, ...], at: int, wire: Wire) -> bool:
+    """Whether this one of the sizes, and no other, is read from a tensor with the same channels."""
+    size = sizes[at]
+    known = isinstance(size, fx.Node) and size in walk.numbers and sum(other is size for other in sizes) == 1
+    return known and torch.equal(walk.numbers[size].ids, wire.ids)
+
+
+def _kept_place(before: tuple[int, ...], after: tuple[int, ...], dim: int) -> int:
+    """The dimension of a view that is `dim` of what is viewed, between the same number of entries; -1 for none."""
+    for at, size in enumerate(after):
+        if size == before[dim] > 1 and math.prod(after[:at]) == math.prod(before[:dim]):
+            return at
+    return -1
 
 
 def merged(walk: Walk, node: fx.Node, module: Any, wire: Wire, start: int, end: int) -> Wire | None:
@@ -105,25 +134,36 @@ def transpose(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None
 
 
 def read_sizes(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
-    """x.size(), x.shape, x.dtype, ...: a number of channels that is read must stay what it is."""
+    """x.size(), x.shape, x.dtype, ...: where the number of channels is used it must stay what it is, see `numbers`."""
     wire = only_input(walk, node)
     if wire is None:
         return None
     what = node.args[1] if node.target is getattr else node.target
-    n = len(walk.shapes[node.all_input_nodes[0]])
     if what in ("dtype", "device", "ndim", "dim"):
         return None
     if what == "size" and len(node.args) + len(node.kwargs) == 2:
-        read = [options(node, "input", "dim").get("dim")]
-    elif what in ("size", "shape") and all(user.target is operator.getitem for user in node.users):
-        read = [user.args[1] for user in node.users]
+        _reads(walk, node, options(node, "input", "dim").get("dim"), wire, len(walk.shapes[node.all_input_nodes[0]]))
+    elif what in ("size", "shape"):
+        walk.numbers[node] = wire
     else:
         return barrier(walk, node, module)
-    return barrier(walk, node, module) if any(_reads(key, wire.dim, n) for key in read) else None
+    return None
 
 
-def _reads(key: Any, dim: int, n: int) -> bool:
-    """Whether sizes[key] is, or holds, the size of dimension `dim` of n."""
-    if isinstance(key, slice) and all(x is None or isinstance(x, int) for x in (key.start, key.stop, key.step)):
-        return dim in range(n)[key]
-    return not isinstance(key, int) or key % n == dim
+def size_item(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+    """x.shape[1]"""
+    source: Any = node.args[0]
+    _reads(walk, node, node.args[1], walk.numbers[source], len(walk.shapes[source.all_input_nodes[0]]))
+    return None
+
+
+def _reads(walk: Walk, node: fx.Node, key: Any, wire: Wire, n: int) -> None:
+    """Note whether sizes[key] is the number of channels; where it is one of several, it must stay."""
+    if isinstance(key, int):
+        if key % n == wire.dim:
+            walk.numbers[node] = wire
+    elif isinstance(key, slice) and all(x is None or isinstance(x, int) for x in (key.start, key.stop, key.step)):
+        if wire.dim in range(n)[key]:
+            walk.hold(wire.ids)
+    else:
+        walk.hold(wire.ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,8 +55,24 @@ def without_noise(*models: nn.Module, norms: bool = True) -> None:
                 module.training = False
 
 
+def _in_place(name: str) -> Any:
+    """x += y, which torch.fx sees as x = x + y."""
+
+    def write(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return write
+
+
+#: what stands for a tensor while a network is traced
+_Proxy = type("_Proxy", (fx.Proxy,), {f"__{n}__": _in_place(n) for n in ("iadd", "isub", "imul", "itruediv", "ipow")})
+
+
 class _Tracer(fx.Tracer):
     """Stock modules and known kinds are leaves, but an encoder layer has hidden units: it is followed step by step."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return kinds.of(m).leaf or super().is_leaf_module(m, module_qualified_name)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from . import memory
+
 
 class Trace(NamedTuple):
     """A network as torch.fx sees it: its operations, the shapes of all tensors, and the modules that must stay."""
@@ -50,11 +52,21 @@ Rule = Callable[["Walk", fx.Node, Any], "Wire | None"]
 
 
 class Operation(NamedTuple):
-    """What is known of a node: the rule to follow it, its module, and whether nobody else has the tensor it makes."""
+    """What is known of a node.
+
+    Attributes:
+        rule: to follow it.
+        module: the one that is called.
+        makes_new: whether nobody else has the tensor it makes.
+        passes_on: whether it returns the very tensor that it was given.
+        numbers: whether the rule itself looks at the sizes among the arguments.
+    """
 
     rule: Rule
     module: Any = None
     makes_new: bool = False
+    passes_on: bool = False
+    numbers: bool = False
 
 
 class Walk:
@@ -64,6 +76,7 @@ class Walk:
         weights_change: whether those that are zero may come alive; else all of them are known.
         alive: by name of a module, which of its units live; all, where there is no name.
         wires: by node, or None where nothing can go.
+        numbers: by node that is a number of channels or holds one, the wire of the tensor that it was read from.
         calls: the modules that may be cut.
         pairs: ids that only exist together.
     """
@@ -76,13 +89,22 @@ class Walk:
         self.fixed = trace.fixed
         self.alive = alive
         self.wires: dict[fx.Node, Wire | None] = {}
+        self.numbers: dict[fx.Node, Wire] = {}
         self.calls: list[Call] = []
         self.count = 0
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.order = {node: i for i, node in enumerate(trace.nodes)}
+        self.operations: dict[fx.Node, Operation] = {}
         for node in trace.nodes:
-            operation = self.operation(node)
+            self.operations[node] = operation = self.operation(node)
             self.node, self.module = node, operation.module
             self.wires[node] = operation.rule(self, node, operation.module)
+            if not operation.numbers:
+                self.hold_numbers(node.all_input_nodes)
+            if memory.writes(node, self.modules):
+                self._overwritten(node, node.all_input_nodes[:1])
+            elif memory.may_write(node, self.modules):
+                self._overwritten(node, node.all_input_nodes)
 
     # ---- what a subclass says
 
@@ -123,18 +145,37 @@ class Walk:
         self.hold(ids)
         return Wire(dim, ids, torch.zeros(n, dtype=torch.bool), torch.zeros(n).double())
 
-    def aligned(self, nodes: list[fx.Node]) -> list[Wire] | None:
-        """The wires of tensors whose channels correspond one to one, or None if they do not (or none has a wire)."""
-        dims = {wire.dim for n in nodes if (wire := self.wires[n]) is not None}
-        shapes = [self.shapes.get(n) for n in nodes]
-        if len(dims) != 1 or not all(shape and len(shape) == len(shapes[0] or ()) for shape in shapes):
-            return None
-        (dim,) = dims
-        if len({shape[dim] for shape in shapes if shape}) != 1:
-            return None
-        wires = [self.at(n, dim) for n in nodes]
-        self.pairs += [(wires[0].ids, other.ids) for other in wires[1:]]
-        return wires
+    def hold_numbers(self, nodes: list[fx.Node]) -> None:
+        """These are used: what is a number of channels has to stay what it is."""
+        for n in nodes:
+            if n in self.numbers:
+                self.hold(self.numbers[n].ids)
+
+    def forget(self, node: fx.Node) -> None:
+        """Nothing is known of this tensor any more, and nothing goes from it."""
+        wire = self.wires[node]
+        if wire is not None:
+            self.hold(wire.ids)
+            self.wires[node] = None
+
+    def _overwritten(self, node: fx.Node, written: list[fx.Node]) -> None:
+        """An operation wrote to its inputs, and others that use them later will find what it wrote."""
+
+        def shares(n: fx.Node) -> bool:
+            return not self.operations[n].makes_new or memory.writes(n, self.modules)
+
+        def whole(n: fx.Node) -> fx.Node:
+            while n.all_input_nodes and (self.operations[n].passes_on or memory.writes(n, self.modules)):
+                n = n.all_input_nodes[0]
+            return n
+
+        for other in memory.sharing(written, self.order, self.order[node], shares):
+            if all(self.order[user] <= self.order[node] for user in other.users):
+                continue
+            if memory.writes(node, self.modules) and whole(other) is whole(node) and self.wires[node] is not None:
+                self.wires[other] = self.wires[node]
+            else:
+                self.forget(other)
 
 
 def components(n: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
