@@ -7,7 +7,8 @@
 | `exchange` | the optimizer holds live parts in place of weights |
 | `live`, `restricted`, `gradient` | a weight and its live part: its values and gradient, shown when somebody looks |
 | `off_support` | how v moves further in the fine steps |
-| `contest`, `choice`, `report` | what computes how, decided by timing |
+| `contest`, `choice`, `limits`, `report` | what computes how, decided by timing, and what cannot |
+| `hooks` | hooks of the user: heeded where they change gradients, silent where a pass is only timed |
 | `modules`, `watch`, `layers`, `sequential`, `network_watch` | standing between modules and their calls |
 | `forms`, `linear`, `conv` | layers that compute with live entries alone |
 | `compact` | the smaller dense network where whole units are dead |

@@ -52,6 +52,12 @@ class LiveGradientAverage:
         dist.broadcast(held, dist.get_global_rank(self.ddp.process_group, 0), group=self.ddp.process_group)
         return held.tolist()
 
+    def alike(self, flags: list[bool]) -> bool:
+        """Whether they are the same on all ranks; as many everywhere."""
+        both = torch.tensor([*flags, *(not flag for flag in flags)], device=self._parameters()[0].device).float()
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=self.ddp.process_group)
+        return not bool((both[: len(flags)] * both[len(flags) :]).any())
+
     def _parameters(self) -> list[nn.Parameter]:
         """What DDP averages."""
         named = self.ddp.module.named_parameters()

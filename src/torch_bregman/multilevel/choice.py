@@ -14,6 +14,7 @@ from ..network.trace import leaving_unchanged
 from ..part import Part
 from ..timing import race
 from .forms import SparseForm
+from .hooks import silent
 from .layers import SeenInput
 
 FASTER = 0.9  # the sparse form must take less than this share of the dense one's time
@@ -65,7 +66,10 @@ class Timings:
     def passes(
         self, key: str, model: nn.Module, inputs: tuple[Tensor, ...], parameters: list[Tensor], density: float
     ) -> float:
-        """Seconds of a training pass through the whole network as it computes now, which changes nothing."""
+        """Seconds of a training pass through the whole network as it computes now, which changes nothing.
+
+        No number (nan) where it needs the hooks of the user.
+        """
         wanted = [p for p in parameters if p.requires_grad]
 
         def run() -> None:
@@ -74,11 +78,10 @@ class Timings:
                 outputs = [t.sum() for t in tree_leaves(y) if isinstance(t, Tensor) and t.requires_grad]
                 torch.autograd.grad(outputs, wanted, allow_unused=True)
 
-        shapes = [tuple(x.shape) for x in inputs]
-        return self._time(f"network {key} {shapes} {torch.get_num_threads()} threads {_rounded(density)}", lambda: run)
+        return self._network(f"network {key}", model, inputs, density, run)
 
     def forward(self, kind: str, model: nn.Module, inputs: tuple[Tensor, ...], share: float = 1.0) -> float:
-        """Seconds of a forward pass through a network that has this share of the parameters, which changes nothing."""
+        """The same of a forward pass through a network that has this share of the parameters."""
 
         def run() -> None:
             with leaving_unchanged(model):
@@ -86,8 +89,19 @@ class Timings:
                 if inputs[0].is_cuda:
                     torch.cuda.synchronize()
 
+        return self._network(f"forward {kind}", model, inputs, share, run)
+
+    def _network(
+        self, key: str, model: nn.Module, inputs: tuple[Tensor, ...], share: float, run: Callable[[], None]
+    ) -> float:
         shapes = [tuple(x.shape) for x in inputs]
-        return self._time(f"forward {kind} {shapes} {torch.get_num_threads()} threads {_rounded(share)}", lambda: run)
+        with silent(model) as silenced:
+            try:
+                return self._time(f"{key} {shapes} {torch.get_num_threads()} threads {_rounded(share)}", lambda: run)
+            except Exception:  # without a hook that it needs it may fail in any way
+                if not silenced:
+                    raise
+                return math.nan
 
     def _time(self, key: str, make: Callable[[], Callable[[], object]]) -> float:
         if key not in self.seconds:

@@ -99,6 +99,10 @@ class CompactNetwork:
             self.shares[name] = len(cut.outputs) * inputs / max(size, 1)
         self.model = _rebuild(graph.model, small)
 
+    def restricts(self, parameter: Tensor) -> bool:
+        """Whether it computes with a live part of this parameter."""
+        return any(live.full is parameter for live in self.lives)
+
     # ---- its modules
 
     def _layer(self, module: Any, cut: Cut) -> nn.Module:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from .averages import LiveGradientAverage
 from .choice import Choice, Timings
 from .compact import CompactNetwork
 from .exchange import Exchange
+from .hooks import hooked, looked_at, silent
 from .layers import WatchedLayer
 from .live import Live
 from .modules import WatchedModules
@@ -32,18 +35,25 @@ class Contest:
     Attributes:
         choices: how each layer computes in the coarse phase, and the timings behind it.
         timings: what was measured.
+        notes: what keeps a network from becoming a compact one.
     """
 
     def __init__(self, exchange: Exchange, modules: WatchedModules, averages: LiveGradientAverage | None) -> None:
         self.exchange, self.modules, self.averages = exchange, modules, averages
         self.choices: dict[str, Choice] = {}
         self.timings = Timings()
+        self.notes: list[str] = []
         self._alone: dict[WatchedLayer, Choice] = {}
-        self._graph: tuple[object, Graph | None] = (None, None)
+        self._graph: tuple[Any, Graph | None] = (None, None)
 
     def _agree(self, seconds: list[float]) -> list[float]:
         """What the first rank has measured, on all of them: they must go the same way."""
         return seconds if self.averages is None or not seconds else self.averages.first(seconds)
+
+    def _everywhere(self, *flags: bool, alike: bool = False) -> bool:
+        """Whether they all hold, or are `alike`, on all ranks."""
+        same = self.averages is None or self.averages.alike(list(flags))
+        return same and (alike or all(flags))
 
     # ---- sparse layers
 
@@ -53,7 +63,11 @@ class Contest:
         for _, _, p, reg in candidates:
             for layer in self.modules.of(p):
                 # Rows and filters make a smaller dense network.
-                if layer.seen is not None and (reg.elementwise or (where[p].in_a_row and not reg.outputs)):
+                if (
+                    layer.seen is not None
+                    and not hooked(p)
+                    and (reg.elementwise or (where[p].in_a_row and not reg.outputs))
+                ):
                     with torch.enable_grad():
                         seconds[layer] = self.timings.layer(layer.module, layer.form, p, where[p], layer.seen)
         times = iter(
@@ -65,6 +79,7 @@ class Contest:
             if not math.isnan(pair[0])
         }
         self.choices.clear()
+        self.notes.clear()
         self.choices.update((layer.name, replace(choice, kind="dense")) for layer, choice in self._alone.items())
         return {layer for layer, choice in self._alone.items() if choice.sparse < choosing.ABLE * choice.dense}
 
@@ -91,10 +106,11 @@ class Contest:
                 key = "+".join(sorted(layer.name for layer in option)) or "dense"
                 times.append(self.timings.passes(key, model, network.inputs, parameters, density))
             times = self._agree(times)
-            i = min(range(len(options)), key=lambda i: times[i + 1])
-            best = options[i] if times[i + 1] < choosing.FASTER * times[0] else set()
-            kind = "sparse" if best else "dense"
-            self.choices["(network)"] = Choice(kind, density, times[0], times[i + 1])
+            if not any(map(math.isnan, times)):
+                i = min(range(len(options)), key=lambda i: times[i + 1])
+                best = options[i] if times[i + 1] < choosing.FASTER * times[0] else set()
+                kind = "sparse" if best else "dense"
+                self.choices["(network)"] = Choice(kind, density, times[0], times[i + 1])
         self.modules.compute_with({layer: lives[layer.weight] for layer in best})
         self.modules.let_wait([part.live for part in self.exchange.parts])
         for layer in best:
@@ -117,6 +133,10 @@ class Contest:
             dense, small = self._agree([dense, small])
         new, places = self._new(compact), self.exchange.places()
         faster = bool(compact.lives) and small < choosing.FASTER * dense and all(live.full in places for live in new)
+        kept = [name for name, p in model.named_parameters() if hooked(p) and compact.restricts(p)]
+        if kept:
+            self.notes.append(f"No smaller network: gradient hooks see the gradients of all of {', '.join(kept)}.")
+        faster = self._everywhere(not kept) and faster
         self.choices["(network)"] = Choice("compact" if faster else "dense", share, dense, small)
         if not faster:
             for live in new:
@@ -124,6 +144,14 @@ class Contest:
             return False
         self._use(compact)
         return True
+
+    def outdated(self) -> bool:
+        """Whether hooks have come since the compact network was made, which it does not call."""
+        network = self.modules.network
+        if network is None or network.compact is None:
+            return False
+        looked = self._graph[0][1]
+        return looked_at(self.modules.model) != looked or any(hooked(live.full) for live in network.compact.lives)
 
     def expected(self) -> None:
         """Make the compact network that a loaded run had."""
@@ -166,10 +194,18 @@ class Contest:
 
     def _traced(self, inputs: tuple[Tensor, ...]) -> Graph | None:
         """The graph of the model for inputs of this shape; None where it cannot be followed."""
-        key = [(x.shape[1:], x.dtype, x.device) for x in inputs]
+        model = self.modules.model
+        looked = looked_at(model)
+        key = [(x.shape[1:], x.dtype, x.device) for x in inputs], looked
+        if not self._everywhere(*(name in looked for name, _ in model.named_modules()), alike=True):
+            return None
+        # A hook there may do anything to what passes, and only calling it would tell.
+        within = [name for name in looked if next(model.get_submodule(name).children(), None) is not None]
+        if within:
+            self.notes.append(f"No smaller network: {', '.join(within)} has modules in it, and a hook.")
+            return None
         if self._graph[0] != key:
-            try:
-                self._graph = key, Graph(self.modules.model, tuple(x[:2] if x.dim() else x for x in inputs))
-            except Untraceable:
-                self._graph = key, None
+            self._graph = key, None
+            with suppress(Untraceable), silent(model):
+                self._graph = key, Graph(model, tuple(x[:2] if x.dim() else x for x in inputs))
         return self._graph[1]

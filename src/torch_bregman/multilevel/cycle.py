@@ -9,13 +9,16 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import kernels
 from ..distributed import is_sharded
 from ..optim import AdaBreg, BregmanOptimizer
 from ..optim.options import check_number
+from ..warned import warn
 from .averages import LiveGradientAverage
 from .contest import Contest
 from .exchange import Exchange
 from .layers import SeenInput, live_part
+from .limits import NO_NUMBA, meant, sentences
 from .modules import WatchedModules
 from .off_support import OffSupport
 from .report import Report
@@ -112,6 +115,9 @@ class Multilevel:
         self._contest = Contest(self._exchange, self._modules, self._averages)
         #: how each layer computes in the coarse phase, and the timings behind it
         self.choices, self.timings = self._contest.choices, self._contest.timings
+        self._meant = meant(self._modules.layers, optimizer)
+        if not kernels.available() and NO_NUMBA in sentences(self._meant):
+            warn(NO_NUMBA)
         self._last: list[dict[str, Any]] = []  # the parts of the phase that has just ended, while the layers use them
         if coarse_steps != 0:
             self._attach()
@@ -249,7 +255,7 @@ class Multilevel:
     @property
     def report(self) -> Report:
         """How each layer computed in the last coarse phase, and the timings that decided it. Prints as a table."""
-        return Report(dict(self.choices))
+        return Report(dict(self.choices), (*sentences(self._meant), *self._contest.notes))
 
     # ------------------------------------------------------------------ the cycle
 
@@ -321,7 +327,11 @@ class Multilevel:
         """The compact network is about to be used, or made."""
         self._on_edit()
         network = self._modules.network
-        if network is not None and network.expected and self.restricted:
+        if network is None:
+            return
+        if self._contest.outdated():
+            network.end()
+        if network.expected and self.restricted:
             with torch.no_grad():
                 self._contest.expected()
 

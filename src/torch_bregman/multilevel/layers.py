@@ -13,6 +13,7 @@ from .. import kernels
 from ..kernels import DTYPES
 from ..part import Part
 from .forms import SparseForm
+from .hooks import hooked
 from .live import Live
 from .watch import Watch
 
@@ -76,6 +77,8 @@ class WatchedLayer(Watch):
             if self.live is None or self.live.edited(closely=not training):
                 return None
         live = self.live
+        if training and not live.finished and hooked(live.full):
+            return None
         if not training or not live.finished:
             return self.form.compute(module, x, live.values.flatten(), live.entries, near=live.near, relu=relu)
         if not self.form.adds_whole:

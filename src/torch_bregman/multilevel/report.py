@@ -11,9 +11,13 @@ from .choice import Choice
 
 @dataclass(frozen=True, repr=False)
 class Report(Shown):
-    """Per layer, and for the whole network, what was chosen and the seconds of a training pass both ways."""
+    """Per layer, and for the whole network, what was chosen and the seconds of a training pass both ways.
+
+    `notes`: sentences on what keeps layers from computing with their live weights alone.
+    """
 
     choices: dict[str, Choice]
+    notes: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """As plain values: layer, computes, density, dense_ms, sparse_ms."""
@@ -30,7 +34,7 @@ class Report(Shown):
         for name, choice in self.choices.items():
             times = [f"{1e3 * choice.dense:.3f}", f"{1e3 * choice.sparse:.3f}", f"{choice.dense / choice.sparse:.1f} x"]
             lines.append([name, choice.kind, f"{choice.density:.3%}", *times])
-        return [Table(lines, left=(0, 1))]
+        return [Table(lines, left=(0, 1)), *self.notes]
 
     def to_dict(self) -> dict[str, float | str]:
         return {f"{key}/{row['layer']}": row[key] for row in self.rows() for key in row if key != "layer"}
