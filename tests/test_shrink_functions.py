@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import torch_bregman as tb
 
@@ -116,3 +117,137 @@ def test_between_two_layers(name: str) -> None:
         small = tb.shrink(model, (torch.randn(2, 3, 5, 5),))
         assert small.model.get_submodule("a").out_channels == left
         assert small.report.difference < 1e-6
+
+
+# ---- layers that are written as functions
+
+
+class Same(nn.Conv2d):
+    """As timm's Conv2dSame: the padding is a function of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, [1, 1, 1, 1]), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        x = F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return x.relu_()
+
+
+class Grouped(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class Own(nn.Module):
+    """A Linear with other names, a scale per output and a shift per position."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(outputs, inputs))
+        self.scale, self.shift = nn.Parameter(torch.randn(outputs)), nn.Parameter(torch.randn(1, 25, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix) * self.scale + self.shift
+
+
+class Functions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = Same(3, 8, 3, bias=False), NormAct(8)
+        self.depth, self.group = Same(8, 8, 3, groups=8), Grouped(4, 8)
+        self.scale = nn.Parameter(torch.randn(8, 1, 1))
+        self.own, self.out = Own(8, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.group(self.depth(self.norm(self.a(x)))) * self.scale
+        return self.out(self.own(x.flatten(2).transpose(1, 2)))
+
+
+def functions() -> Functions:
+    """Filters 0 to 3 and 6 of `a`, and units 0 to 4 of `own`, are dead; groups are (0, 1), (2, 3), ...
+
+    Filter 6 lives with 7, and one of the first two groups has to carry the constants of the other: `own` has no bias.
+    """
+    torch.manual_seed(0)
+    model = Functions().eval()
+    with torch.no_grad():
+        model.a.weight[[0, 1, 2, 3, 6]] = 0
+        model.norm.bias[6] = 0.5
+        model.own.matrix[:5] = 0
+        model.own.shift[:, :, :5] = model.own.shift[:, :1, :5]
+    return model
+
+
+def test_layers_that_are_written_as_functions() -> None:
+    model = functions()
+    small = tb.shrink(model, (torch.randn(2, 3, 5, 5),))
+    net: Any = small.model
+    assert type(net) is Functions
+    assert small.report.difference < 1e-6
+    assert (net.a.out_channels, net.norm.num_features, len(net.norm.running_mean)) == (6, 6, 6)
+    assert (net.depth.in_channels, net.depth.groups, net.group.num_groups, net.group.num_channels) == (6, 6, 3, 6)
+    assert (net.scale.shape, net.own.matrix.shape, net.own.shift.shape) == ((6, 1, 1), (5, 6), (1, 25, 5))
+    assert net.out.in_features == 5
+    rows = {row.name: row for row in small.report.rows}
+    assert (rows["a"].kind, rows["a"].before, rows["a"].after) == ("Same", (8, 3), (6, 3))
+
+
+def test_an_optimizer_goes_on_with_functions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Same(3, 8, 3, bias=False), NormAct(8), nn.Flatten(), nn.Linear(200, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+
+    def step(network: nn.Module, following: Any) -> None:
+        following.zero_grad()
+        network(x).square().mean().backward()
+        following.step()
+
+    for _ in range(3):
+        step(model, optimizer)
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+        model[1].running_mean[:4] = 0
+    small = tb.shrink(model, (x,), optimizer)
+    net: Any = small.model
+    assert (net[0].out_channels, net[1].num_features, net[3].in_features) == (4, 4, 100)
+    step(model, optimizer)
+    step(net, small.optimizer)
+    assert torch.allclose(model[3].weight.view(4, 8, 25)[:, 4:].flatten(1), net[3].weight)
+    assert torch.allclose(model[0].weight[4:], net[0].weight)
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.weight.T
+
+
+def test_what_subclasses_stay_and_why() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Twice(4, 4), nn.Linear(4, 2))
+    model[1].weight.data[:3] = 0
+    (_, row, _) = tb.shrink(model, (torch.randn(2, 3),)).report.rows
+    assert (row.kind, row.before, row.after, row.kept) == ("Twice", (4, 4), (4, 4), 3)
+    assert "is a Twice" in row.reason
+
+
+def test_the_result_prints_as_its_report() -> None:
+    small = tb.shrink(nn.Sequential(nn.Linear(300, 4), nn.Linear(4, 2)), (torch.randn(2, 300),))
+    assert str(small) == repr(small) == str(small.report)
+    assert len(repr(small)) < 500
+
+
+def test_what_cannot_be_copied_is_said() -> None:
+    x = torch.randn(3, 8)
+    pruned = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    prune.ln_structured(pruned[0], "weight", 0.5, n=2, dim=0)
+    with pytest.raises(ValueError, match=r"`model`: 0\.weight is computed .*\.prune\.remove"):
+        tb.shrink(pruned, (x,))
+    remembers: Any = nn.Sequential(nn.Linear(8, 8))
+    remembers[0].seen = [remembers(x)]
+    with pytest.raises(ValueError, match=r"`model`: 0\.seen holds a tensor that was computed"):
+        tb.shrink(remembers, (x,))

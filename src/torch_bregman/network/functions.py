@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .operations import AVERAGE, MAXIMUM, concatenate, dropout, interpolate, mean, pointwise, pool
+from .operations import AVERAGE, MAXIMUM, concatenate, dropout, interpolate, mean, pad, pointwise, pool
 from .shapes import flatten, item, permute, read_sizes, squeeze, transpose, unsqueeze, view
 from .walk import Rule, unchanged
 
@@ -51,7 +51,7 @@ FUNCTIONS: dict[Any, Rule] = {
     **named(F, {**dict.fromkeys(POINTWISE, pointwise), **POOLS}),
     **named(operator, {**dict.fromkeys(OPERATORS, pointwise), "pos": unchanged}),
     F.dropout: dropout, F.dropout1d: dropout, F.dropout2d: dropout, F.dropout3d: dropout,
-    F.interpolate: interpolate, getattr: read_sizes, operator.getitem: item,
+    F.interpolate: interpolate, F.pad: pad, getattr: read_sizes, operator.getitem: item,
 }  # fmt: skip
 #: rules of operations whose results nobody else has
 NEW: tuple[Rule, ...] = (pointwise, mean, concatenate)

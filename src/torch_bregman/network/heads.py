@@ -44,7 +44,7 @@ class Edit(NamedTuple):
     """The argument `at` of a node (or entry `inner` of it) is the size of what is left of `ids`, per `each` of them."""
 
     node: fx.Node
-    at: int
+    at: int | str
     inner: int | None
     ids: Tensor
     each: int
@@ -57,12 +57,14 @@ class HeadsWalk(Walk):
         heads: by node, of a tensor whose channels are in two dimensions.
         pieces: by node that returns several tensors, what is known of each.
         edits: which arguments of which operations change with the heads.
+        spelled: the same, for numbers that are attributes in the network's own code, and change there.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, alive: Mapping[str, Tensor]) -> None:
         self.heads: dict[Any, Heads] = {}
         self.pieces: dict[Any, list[Any]] = {}
         self.edits: list[Edit] = []
+        self.spelled: list[Edit] = []
         super().__init__(model, trace, alive)
 
     def forget(self, node: fx.Node) -> None:

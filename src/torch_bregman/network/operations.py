@@ -52,7 +52,10 @@ def aligned(walk: Walk, node: fx.Node) -> dict[fx.Node, Wire] | None:
     left out. None if the channels do not correspond, or no input has any.
     """
     nodes, n = node.all_input_nodes, len(walk.shapes[node])
-    places = {wire.dim - len(walk.shapes[x]) for x in nodes if (wire := walk.wires[x]) is not None}
+    known = [x for x in nodes if walk.wires[x] is not None]
+    # A parameter has its channels where the others have theirs.
+    known = [x for x in known if x.op != "get_attr"] or known
+    places = {wire.dim - len(walk.shapes[x]) for x in known if (wire := walk.wires[x]) is not None}
     if len(places) != 1:
         return None
     (place,) = places
@@ -73,6 +76,20 @@ def dropout(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     given = options(node, "input", "p", "training")
     p, training = (module.p, module.training) if module else (given.get("p", 0.5), given.get("training", True))
     return unchanged(walk, node, module) if p == 0 or not training else zeros_stay(walk, node, module)
+
+
+@channelwise
+def pad(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
+    """Around other dimensions than the channels': a constant stays one where the border has it too."""
+    given = options(node, "input", "pad", "mode", "value")
+    sides, mode, value = given.get("pad"), given.get("mode", "constant"), given.get("value") or 0.0
+    dims = len(walk.shapes[node])
+    if not isinstance(sides, tuple | list) or not isinstance(value, int | float):
+        return barrier(walk, node, module)
+    if any(differs(sides[i], 0) for i in range(len(sides)) if dims - 1 - i // 2 == wire.dim):
+        return barrier(walk, node, module)
+    same = wire.constant & (wire.value == value) if mode == "constant" else wire.constant
+    return walk.emit(wire.dim, wire.ids, same, wire.value)
 
 
 AVERAGE = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")

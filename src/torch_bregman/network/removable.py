@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 
 from . import kinds
 from .heads import CHANNELS, HEADS, HeadsRule, HeadsWalk, follow, stop
+from .kinds.called import CALLED, called
 from .lookup import operation
 from .shapes import view, viewed
-from .walk import Call, Operation, Trace, barrier, components, numbers
+from .walk import Call, Operation, Trace, Walk, Wire, barrier, components, numbers
 
 CARRIES = "carries the constants of removed ones through a zero padding"
 LAST = "is the last one of its layer"
@@ -30,6 +31,8 @@ class RemovableChannels(HeadsWalk):
 
     Attributes:
         gone: which ids can go.
+        attributes: parameters and buffers that the network's code reads: their names, the dimension of their channels,
+            and the ids of these.
         edits: which arguments of which operations change with them; with `rewrite`, else such channels stay.
         carriers: by name of a layer with zero padding, which channel of its input carries the constants of the others;
             none without `carry`, then `fold` returns what they contribute as an image.
@@ -42,6 +45,8 @@ class RemovableChannels(HeadsWalk):
     ) -> None:
         self.needs: list[tuple[Tensor, str]] = []
         self.rewrite, self.carry = rewrite, carry
+        self.attributes: list[tuple[str, int, Tensor]] = []
+        self.unknown: set[fx.Node] = set()
         super().__init__(model, trace, {})
         if moving is not None:
             self.needs.append((moving, MOVES))
@@ -62,19 +67,23 @@ class RemovableChannels(HeadsWalk):
     # ---- what the rules report
 
     def operation(self, node: fx.Node) -> Operation:
-        """Heads of attention have rules of their own."""
+        """Attributes, layers that are written as functions, and heads of attention have rules of their own."""
+        if node.op == "get_attr":
+            return Operation(_attribute)
         usual = operation(self, node)
-        called = node.op in ("call_function", "call_method")
-        if not self.rewrite or not (called or node.op == "call_module"):
+        if usual.rule is barrier and node.op == "call_function" and node.target in CALLED:
+            usual = Operation(called, makes_new=True)
+        function = node.op in ("call_function", "call_method")
+        if not self.rewrite or not (function or node.op == "call_module"):
             return usual
         ours: HeadsRule | None = None
         sources = node.all_input_nodes
         if any(source in self.heads or source in self.pieces for source in sources):
-            if called:
+            if function:
                 ours = HEADS.get(node.target, stop)
             else:
                 ours = stop if usual.module is None else kinds.of(usual.module).follow_heads
-        elif called and usual.rule in (barrier, view) and sources and self.wires.get(sources[0]) is not None:
+        elif function and usual.rule in (barrier, view) and sources and self.wires.get(sources[0]) is not None:
             ours = CHANNELS.get(node.target)
             if usual.rule is view and viewed(self, node)[0] is not None:
                 ours = None
@@ -82,6 +91,22 @@ class RemovableChannels(HeadsWalk):
             return usual
         found = ours
         return usual._replace(rule=lambda walk, node, module: follow(self, node, found), numbers=False)
+
+    def at(self, node: fx.Node, dim: int) -> Wire:
+        """Of a parameter or buffer all is known; but who used it before its channels were looked for needs all."""
+        tensor = self.owned.get(str(node.target)) if node.op == "get_attr" else None
+        early = self.node is not node and len(node.users) > 1
+        if tensor is None or early or self.wires.get(node) is not None or node in self.unknown:
+            return super().at(node, dim)
+        channels = numbers(tensor).movedim(dim, 0).flatten(1) if tensor.dim() > 1 else numbers(tensor)[:, None]
+        wire = self.emit(dim, self.new(len(channels)), (channels == channels[:, :1]).all(1), channels[:, 0])
+        self.attributes.append((str(node.target), dim, wire.ids))
+        self.wires[node] = wire
+        return wire
+
+    def forget(self, node: fx.Node) -> None:
+        super().forget(node)
+        self.unknown.add(node)
 
     def hold(self, ids: Tensor) -> None:
         self.needs.append((ids, _operation(self.node, self.module)))
@@ -113,9 +138,9 @@ class RemovableChannels(HeadsWalk):
 
     def _missing(self) -> Tensor | None:
         """An id of a layer of which nothing would be left, for that would be no layer."""
-        for call in self.calls:
-            if len(call.output.ids) and self.gone[call.output.ids].all():
-                return call.output.ids[0]
+        for ids in (*(call.output.ids for call in self.calls), *(ids for _, _, ids in self.attributes)):
+            if len(ids) and self.gone[ids].all():
+                return ids[0]
         return None
 
     def _carriers(self) -> tuple[dict[str, int], Tensor | None]:
@@ -183,6 +208,13 @@ class RemovableChannels(HeadsWalk):
                 shift = part[..., None].flatten(2).sum(2) @ value
         inputs = (~lost).nonzero().view(-1) if lost.any() else None
         return inputs, weight if inputs is None else weight[:, inputs], shift
+
+
+def _attribute(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
+    """A tensor that has more than one entry along one dimension has its channels there; of others the use says it."""
+    places = [dim for dim, size in enumerate(walk.shapes.get(node, ())) if size > 1]
+    own = str(node.target) in walk.owned and not any(user.target in CALLED for user in node.users)
+    return walk.at(node, places[0]) if own and len(places) == 1 else None
 
 
 def _reads(module: Any) -> Tensor:

@@ -46,12 +46,12 @@ def leaving_unchanged(*models: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def without_noise(*models: nn.Module, norms: bool = True) -> None:
-    """Dropout (and norms) in eval mode: no noise, and no demands on the batch."""
+def without_noise(*models: nn.Module, norms: bool = True, leaves: bool = False) -> None:
+    """Dropout (and norms) in eval mode: no noise, and no demands on the batch; `leaves`: of those that are one call."""
     for model in models:
         for module in model.modules():
             kind = kinds.of(module)
-            if kind.noise or (norms and kind.statistics):
+            if (kind.noise or (norms and kind.statistics)) and (kind.leaf or not leaves):
                 module.training = False
 
 
@@ -126,7 +126,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             parameters = list(inspect.signature(model.forward).parameters.values())[len(inputs) :]
             fixed = {p.name: p.default for p in parameters if p.default is not p.empty}
             graph = _Tracer().trace(model, concrete_args=fixed or None)
-            without_noise(model)
+            without_noise(model, leaves=True)  # whatever else asks for its mode was traced in it
             interpreter = _Shapes(model, graph)
             with torch.random.fork_rng(devices=[x.device for x in inputs if x.device.type == "cuda"]):
                 traced = interpreter.run(*[x.clone() for x in inputs], enable_io_processing=False)
@@ -139,7 +139,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
         # An operation in place that the trace shows as a new tensor, or state that changes from call to call.
         if not all(map(_agree, tree_leaves(traced), tree_leaves(actual))):
             raise Untraceable(f"{type(model).__name__} as traced by torch.fx does not compute what the model computes.")
-    return Trace(list(graph.nodes), interpreter.shapes, _fixed(model, graph))
+    return Trace(list(graph.nodes), interpreter.shapes, _fixed(model, graph), _owned(model, graph))
 
 
 def _agree(a: Any, b: Any) -> bool:
@@ -163,3 +163,12 @@ def _fixed(model: nn.Module, graph: fx.Graph) -> set[str]:
         or any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None)
         or (calls[name] > 1 and (module._parameters or module._buffers))
     }
+
+
+def _owned(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
+    """The parameters and buffers that the code of the network reads in one place, and no module that it calls."""
+    reads = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr")
+    called = tuple(f"{n.target}." for n in graph.nodes if n.op == "call_module")
+    own = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if reads[name] == 1]
+    owners = Counter(id(t) for m in model.modules() for t in [*m._parameters.values(), *m._buffers.values()])
+    return {name: t for name, t in own if owners[id(t)] == 1 and not name.startswith(called)}

@@ -8,6 +8,7 @@ the input and the output of a norm) share an id; what may go is decided for ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,19 @@ from . import memory
 
 
 class Trace(NamedTuple):
-    """A network as torch.fx sees it: its operations, the shapes of all tensors, and the modules that must stay."""
+    """A network as torch.fx sees it.
+
+    Attributes:
+        nodes: its operations.
+        shapes: of all tensors.
+        fixed: the modules that must stay.
+        owned: by name, the parameters and buffers that its own code reads in one place, and nobody else.
+    """
 
     nodes: list[fx.Node]
     shapes: dict[fx.Node, tuple[int, ...]]
     fixed: set[str]
+    owned: dict[str, Tensor]
 
 
 class Wire(NamedTuple):
@@ -37,7 +46,10 @@ class Wire(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A module that may be cut, the wires into it and out of it, its units that live, and its input's positions."""
+    """A module that may be cut, the wires into it and out of it, its units that live, and its input's positions.
+
+    `tensors`: where it stands for a function, the full names of its own tensors; `name` is one of them.
+    """
 
     name: str
     module: nn.Module
@@ -45,6 +57,7 @@ class Call(NamedTuple):
     output: Wire
     alive: Tensor
     positions: tuple[int, ...]
+    tensors: Mapping[str, str] = MappingProxyType({})
 
 
 #: (walk, node, its module or None) → the wire of the result, or None: a tensor from which nothing goes
@@ -86,7 +99,7 @@ class Walk:
     def __init__(self, model: nn.Module, trace: Trace, alive: Mapping[str, Tensor]) -> None:
         self.modules = dict(model.named_modules())
         self.shapes = trace.shapes
-        self.fixed = trace.fixed
+        self.fixed, self.owned = trace.fixed, trace.owned
         self.alive = alive
         self.wires: dict[fx.Node, Wire | None] = {}
         self.numbers: dict[fx.Node, Wire] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..network import kinds
-from ..network.kinds import Exchange
+from ..network.copied import copied
+from ..network.kinds import Exchange, Kind
+from ..network.kinds.base import Inherited
 from ..part import Part, Piece
 from .report import Row
 
@@ -39,7 +41,7 @@ class ShrinkingCopy:
 
     def __init__(self, model: nn.Module) -> None:
         self.original = model
-        self.model = copy.deepcopy(model).eval()
+        self.model = copied(model).eval()
         for p in self.model.parameters():
             p.grad = None
         self.notes: list[str] = []
@@ -48,13 +50,27 @@ class ShrinkingCopy:
         self.outcomes: dict[str, Outcome] = {}
         # Every module of the original, and the one of the copy that is cut.
         self.twins = {name: (old, self.model.get_submodule(name)) for name, old in model.named_modules()}
+        read: set[int] = set()  # what the module around it computes with, in its own way
         for name, module in self.model.named_modules():
-            if kinds.of(module).reported:
+            if kinds.of(module).reads_parts:
+                read |= {id(part) for part in module.modules()}
+            if kinds.of(module).reported or (known(module).reported and id(module) not in read):
                 self.outcomes[name] = Outcome(type(module).__name__, sizes_of(module))
 
     def exchange(self, name: str) -> Exchange:
         """What puts parts of parameters and buffers of the module `name` in their place."""
         return partial(self._exchange, name)
+
+    def lend(self, tensors: Mapping[str, str], layer: nn.Module) -> Exchange:
+        """The same for a layer whose tensors have these full names, and which is told what becomes of them."""
+
+        def exchange(parameter: str, *index: Tensor | None, value: Tensor | None = None, **_: Any) -> None:
+            if parameter in tensors:
+                owner, leaf = tensors[parameter].rpartition(".")[::2]
+                self._exchange(owner, leaf, *index, value=value)
+                setattr(layer, parameter, getattr(self.twins[owner][1], leaf))
+
+        return exchange
 
     def _exchange(
         self, name: str, parameter: str, *index: Tensor | None, value: Tensor | None = None, owner: Any = None,
@@ -110,4 +126,10 @@ def sizes_of(module: Any) -> tuple[int, int]:
     """(outputs, inputs), (heads, width) or (columns, rows)."""
     if isinstance(module, nn.Sequential):
         return sizes_of(module[-1])[0], sizes_of(module[0])[1]
-    return kinds.of(module).sizes(module)
+    return known(module).sizes(module)
+
+
+def known(module: nn.Module) -> Kind:
+    """The kind of a module; of a subclass, that of the class that it is derived from."""
+    kind = kinds.of(module)
+    return kind.kind if isinstance(kind, Inherited) else kind

@@ -12,7 +12,7 @@ from ..network import kinds
 from ..network.graph import Graph
 from ..network.removable import LAST
 from ..network.trace import Untraceable
-from .copy import ShrinkingCopy
+from .copy import ShrinkingCopy, known
 
 
 @torch.no_grad()
@@ -27,7 +27,9 @@ def remove_heads(smaller: ShrinkingCopy, inputs: tuple[Tensor, ...]) -> None:
         old, outcome = smaller.twins[name][0], smaller.outcomes[name]
         kind = kinds.of(old)
         alive = kind.live_heads(old)
-        if alive is None:
+        if known(old) is not kind:
+            outcome.reason = f"is a {outcome.kind}, and what its own `forward` computes is not known"
+        elif alive is None:
             outcome.reason = "has a bias or zeros among its keys"
         elif not alive.all():
             dead = int((~alive).sum())

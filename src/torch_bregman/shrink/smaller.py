@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..distributed import require_whole
 from ..network.trace import STEPPED
 from ..part import Piece
+from ..text import Shown, Table
 from .check import difference
 from .copy import ShrinkingCopy
 from .heads import remove_heads
@@ -21,14 +23,14 @@ from .units import remove_units
 TOLERANCE = 1e-5  # of the largest output; in float64, so what is left is the rounding of folded constants
 
 
-@dataclass(frozen=True)
-class Shrunk:
-    """What `shrink` returns.
+@dataclass(frozen=True, repr=False)
+class Shrunk(Shown):
+    """What `shrink` returns; prints as its report.
 
     Attributes:
         model: the smaller network.
         optimizer: one that goes on with it, or None.
-        report: what was done; `print` it.
+        report: what was done.
         parts: which part of which parameter of the original each one of the smaller network is that was cut, as
             `Piece` with `full`, `small` and `index`. Constants may have been added to its values.
     """
@@ -37,6 +39,12 @@ class Shrunk:
     optimizer: torch.optim.Optimizer | None
     report: Report
     parts: list[Piece]
+
+    def shown(self) -> Sequence[Table | str]:
+        return self.report.shown()
+
+    def to_dict(self) -> dict[str, float | str]:
+        return self.report.to_dict()
 
 
 def shrink(
@@ -64,7 +72,8 @@ def shrink(
 
     Raises:
         TypeError: `example_inputs` are no tensors.
-        ValueError: `optimizer` holds parameters that the model does not have, or `model` holds DTensors.
+        ValueError: `optimizer` holds parameters that the model does not have, or `model` holds DTensors, or tensors
+            that are computed from others: by parametrizations, pruning, or by hand.
         RuntimeError: the outputs are not the same; then it is an error of this function.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)

@@ -11,10 +11,11 @@ from ..network import kinds
 from ..network.graph import Graph
 from ..network.heads import Edit
 from ..network.kinds import Kept
+from ..network.kinds.called import resize
 from ..network.removable import RemovableChannels
 from ..network.trace import Untraceable, without_noise
 from ..network.walk import Call
-from .copy import ShrinkingCopy
+from .copy import ShrinkingCopy, known
 from .image import AddImage
 
 
@@ -42,15 +43,25 @@ def remove_units(
         return
     for call in walk.calls:
         _explain(smaller, walk, call)
-    called = {call.name for call in walk.calls}
+    called = {_owner(call) for call in walk.calls}
     for name, outcome in smaller.outcomes.items():
-        if name not in called and not kinds.of(smaller.twins[name][0]).has_heads and not outcome.reason:
-            outcome.reason = "is called in another way than once with one tensor"
+        module = smaller.twins[name][0]
+        if name in called or kinds.of(module).has_heads or outcome.reason:
+            continue
+        outcome.reason = "is called in another way than once with one tensor"
+        if known(module) is not kinds.of(module):
+            outcome.reason = f"is a {outcome.kind}, and what its own `forward` computes is not known"
+            if known(module).rows_are_outputs:
+                outcome.kept = int((kinds.of(module).matrix(module) == 0).flatten(1).all(1).sum())
     for call in walk.calls:
         _cut(smaller, walk, call)
-    edits = [edit for edit in walk.edits if walk.gone[edit.ids].any()]
+    for name, dim, ids in walk.attributes:
+        if walk.gone[ids].any():
+            owner, _, leaf = name.rpartition(".")
+            smaller.exchange(owner)(leaf, *[None] * dim, (~walk.gone[ids]).nonzero().view(-1))
+    edits, spelled = ([e for e in found if walk.gone[e.ids].any()] for found in (walk.edits, walk.spelled))
     if edits:
-        smaller.code = _rewritten(nodes[0].graph, edits, walk.gone)
+        smaller.code = _rewritten(nodes[0].graph, edits + spelled, walk.gone)
         smaller.notes.append(
             f"Sizes that change (heads, or a view) stand in the code of {type(smaller.original).__name__}: what comes "
             "out is a torch.fx.GraphModule of it as it computes in eval."
@@ -73,9 +84,14 @@ def _moving(model: nn.Module, graph: Graph, walk: RemovableChannels) -> Tensor |
     return torch.cat(moving)
 
 
+def _owner(call: Call) -> str:
+    """The name of the module that is called, or that holds the tensors of a function."""
+    return call.name.rpartition(".")[0] if call.tensors else call.name
+
+
 def _explain(smaller: ShrinkingCopy, walk: RemovableChannels, call: Call) -> None:
     """Note how many dead units stay, and why."""
-    outcome = smaller.outcomes.get(call.name)
+    outcome = smaller.outcomes.get(_owner(call))
     if outcome is not None:
         kept = call.output.ids[walk.dead(call) & ~walk.gone[call.output.ids]]
         outcome.kept, outcome.reason = len(kept), "; ".join(dict.fromkeys(walk.reason(kept)))
@@ -83,7 +99,7 @@ def _explain(smaller: ShrinkingCopy, walk: RemovableChannels, call: Call) -> Non
 
 def _cut(smaller: ShrinkingCopy, walk: RemovableChannels, call: Call) -> None:
     """Cut the module of a call to the channels that stay."""
-    module: Any = smaller.twins[call.name][1]
+    module: Any = call.module if call.tensors else smaller.twins[call.name][1]
     kind = kinds.of(module)
     gone = walk.gone[call.output.ids]
     kept, image = Kept((~gone).nonzero().view(-1) if gone.any() else None), None
@@ -93,6 +109,10 @@ def _cut(smaller: ShrinkingCopy, walk: RemovableChannels, call: Call) -> None:
             image, shift = shift.to(module.weight), None
         kept = Kept(kept.outputs, inputs, weight, shift)
     if kept.outputs is None and kept.inputs is None:
+        return
+    if call.tensors:
+        kind.cut(module, kept, smaller.lend(call.tensors, module))
+        resize(smaller.twins[_owner(call)][1], module)
         return
     kind.cut(module, kept, smaller.exchange(call.name))
     if image is not None:
@@ -107,6 +127,9 @@ def _rewritten(code: fx.Graph, edits: list[Edit], gone: Tensor) -> fx.Graph:
     for edit in edits:
         node, left = twins[edit.node], int((~gone[edit.ids]).sum()) * edit.each
         args: list[Any] = list(node.args)
+        if isinstance(edit.at, str):
+            node.kwargs = {**node.kwargs, edit.at: left}
+            continue
         if edit.inner is None:
             args[edit.at] = left
         else:

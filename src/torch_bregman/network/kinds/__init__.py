@@ -16,6 +16,7 @@ __all__ = [
     "Options",
     "WeightedSum",
     "attention",
+    "called",
     "conv",
     "conv1d",
     "embedding",
