@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What torch.compile was given: the wrapper shows neither in names nor in descriptions."""
+    """What torch.compile was given of a part: the wrapper shows neither in names nor in descriptions."""
     while isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
         module = inner
     return module

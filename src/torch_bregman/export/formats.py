@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..compare import difference, random_like
 from ..extras import needs_extra
 from ..files import write_atomically
+from ..network.wrapped import bare
 
 __all__ = ["save_onnx", "save_program"]
 
@@ -266,6 +267,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """The network in eval mode on the CPU: itself where it lies there, else a copy. Every module's mode comes back."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"Invalid `model`: {type(model).__name__}; expected a torch.nn.Module.")
+    model = bare(model)
     if any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model).cpu()
     modes = [(module, module.training) for module in model.modules()]

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..network import kinds
+from ..network.wrapped import bare, inwards
 from . import descriptions
-from .descriptions import Place, describe, places, short, unwrapped
+from .descriptions import Place, describe, places, short
 from .file import COMPLEX, Pathlike, identity, integers, is_graph, slots_of, tensors_in, tensors_of, too_large
 from .patterns import Array
 from .read import SparseFile, read_file, some
@@ -25,7 +27,8 @@ FROM_MODEL = ("eps", "momentum", "max_norm", "norm_type", "dropout")  # which no
 def load_sparse(model: nn.Module, path: Pathlike) -> nn.Module:
     """Load what `save_sparse` wrote into `model`, in place; nothing in the file is run.
 
-    `model` is the network that was saved or a fresh one of the same architecture. Values are copied into its tensors:
+    `model` is the network that was saved or a fresh one of the same architecture; what torch.compile, data parallelism
+    or averaging put around it or around the saved one plays no part. Values are copied into its tensors:
     their storage, device and dtype stay (a bfloat16 file loads into a float32 network). Where the file holds a smaller
     layer of a known kind in the place of one of the model's, as `tb.shrink` leaves them, the layer is replaced by a
     fresh one on the same device, with the same dtype, mode and `requires_grad`; build the optimizer afterwards.
@@ -40,10 +43,10 @@ def load_sparse(model: nn.Module, path: Pathlike) -> nn.Module:
             which is as it was then.
         OSError: there is no such file.
     """
-    inner = unwrapped(model)
+    inner = bare(model)
     tensors = tensors_of(inner)
     # Larger files than this hold another network.
-    file = read_file(Path(path), (1 << 30) + sum(16 * tensor.numel() for tensor in tensors.values()))
+    file = read_file(Path(path), (1 << 30) + sum(16 * tensor.numel() for tensor in tensors.values())).inside(tensors)
     positions = {name: file.where(name) for name in file.tensors}
     standing = dict(places(inner))
     try:
@@ -51,6 +54,11 @@ def load_sparse(model: nn.Module, path: Pathlike) -> nn.Module:
         slots = {name: slot for p, module in replaced.items() for name, slot in slots_of(module, f"{p}.").items()}
         stay = {name: t for name, t in tensors.items() if not any(name.startswith(f"{p}.") for p in replaced)}
         _check_fit(file, stay | tensors_in(slots), larger)
+        if replaced and any(isinstance(wrapper, DistributedDataParallel) for wrapper in inwards(model)):
+            raise ValueError(
+                f"{some(list(replaced))} is smaller in the file, and DistributedDataParallel keeps the layers that it "
+                "was made with; load into the network before it is wrapped"
+            )
         _check_values(file, stay | tensors_in(slots), positions)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the model: {error}.") from None

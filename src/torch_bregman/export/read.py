@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,21 @@ class SparseFile:
             return kept, decode(stored.negative, stored.negative_code, stored.negatives, n)
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged: {short(name)}: {error}.") from None
+
+    def inside(self, names: Collection[str]) -> SparseFile:
+        """As saved without a wrapper, which earlier versions wrote down too, where `names` has it not."""
+        own = {*self.tensors, *self.same} - {"n_averaged"}  # which an average holds beside the network
+        start = "module."
+        if not own or any(name.startswith(start) for name in names) or not all(name.startswith(start) for name in own):
+            return self
+
+        def cut(of: dict[str, Any]) -> dict[str, Any]:
+            return {name.removeprefix(start): value for name, value in of.items() if name.startswith(start)}
+
+        same = {name: target.removeprefix(start) for name, target in cut(self.same).items()}
+        pairs = frozenset(name.removeprefix(start) for name in self.complex)
+        inner = replace(self, tensors=cut(self.tensors), same=same, complex=pairs, modules=cut(self.modules))
+        return inner.inside(names)
 
 
 def some(names: list[str]) -> str:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..distributed import require_whole
 from ..files import write_atomically
-from ..layers import weight_layers
+from ..layers import matrix_entries, weight_layers
+from ..network.wrapped import DENSER, bare, is_average
 from ..text import Shown, table
 from . import descriptions
-from .descriptions import unwrapped
 from .file import (
     ENTRY,
     HEADER_LIMIT,
@@ -57,7 +57,8 @@ class Saved(Shown):
     """What `save_sparse` wrote; prints as a sentence with the bytes before and after.
 
     `dense_bytes`: what safetensors takes for the same tensors in their own dtypes, a tied one once. `kept` of `size`:
-    non-zero entries of the Linear and Conv weights. `tensors`: one row per stored tensor, `table()` prints them.
+    non-zero entries of the weights, which are `size` of `matrices`, the entries of all parameters with two dimensions
+    or more. `tensors`: one row per stored tensor, `table()` prints them. `notes`: what else has to be known.
     """
 
     path: Path
@@ -66,10 +67,12 @@ class Saved(Shown):
     kept: int
     size: int
     tensors: tuple[SavedTensor, ...] = ()
+    matrices: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def density(self) -> float:
-        """kept / size, as `tb.density` of the stored network; NaN without Linear and Conv weights."""
+        """kept / size, as `tb.density` of the stored network; NaN without weights."""
         return self.kept / self.size if self.size else math.nan
 
     @property
@@ -79,8 +82,11 @@ class Saved(Shown):
 
     def shown(self) -> list[str]:
         weights = f"; {self.kept:,} of {self.size:,} weights kept ({self.density:.3%})" if self.size else ""
+        if self.matrices > self.size:
+            weights += f", which are {self.size:,} of {self.matrices:,} matrix entries"
         return [
-            f"{self.path}: {self.bytes:,} bytes, {self.share:.2%} of the {self.dense_bytes:,} stored dense{weights}"
+            f"{self.path}: {self.bytes:,} bytes, {self.share:.2%} of the {self.dense_bytes:,} stored dense{weights}",
+            *self.notes,
         ]
 
     def to_dict(self) -> dict[str, float | str]:
@@ -106,7 +112,8 @@ def save_sparse(model: nn.Module, path: Pathlike, *, dtype: torch.dtype | None =
     was at `path` stays until the new file is whole.
 
     Args:
-        model: on any device; `torch.compile` around it or its parts does not show in the file.
+        model: on any device; what `torch.compile`, data parallelism or averaging put around it does not show in the
+            file, nor does `torch.compile` around its parts.
         path: where to; by convention *.safetensors.
         dtype: round the floating point parameters that have more bits to `torch.bfloat16` or `torch.float16`; buffers
             stay as they are. None: nothing is rounded, and `load_sparse` gives back every bit.
@@ -122,7 +129,7 @@ def save_sparse(model: nn.Module, path: Pathlike, *, dtype: torch.dtype | None =
     require_whole(model, "tb.save_sparse")
     if dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"Invalid `dtype`: {dtype!r}; expected torch.bfloat16, torch.float16 or None.")
-    path, model = Path(path), unwrapped(model)
+    averaged, model, path = is_average(model), bare(model), Path(path)
     tensors = tensors_of(model)
     parameters = {identity(tensor) for tensor in tensors.values() if isinstance(tensor, nn.Parameter)}
     counted = {identity(layer.weight) for layer in weight_layers(model)}
@@ -161,8 +168,10 @@ def save_sparse(model: nn.Module, path: Pathlike, *, dtype: torch.dtype | None =
         payload[PATTERNS] = torch.from_numpy(np.concatenate(patterns))
     content = _content(payload, {key: value for key, value in header.items() if value})
     write_atomically(path, content)
+    _, matrices, _ = matrix_entries(model)
+    notes = (DENSER,) if averaged else ()
     dense = _dense_bytes({row.name: tensors[row.name] for row in rows})
-    return Saved(path, len(content), dense, header["kept"], header["size"], tuple(rows))
+    return Saved(path, len(content), dense, header["kept"], header["size"], tuple(rows), matrices, notes)
 
 
 class _Encoded(NamedTuple):

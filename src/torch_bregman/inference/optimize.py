@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..compare import close
+from ..network.wrapped import bare
 from ..shrink import compact
 from . import choice
 from .chain import Chain
@@ -65,6 +66,7 @@ def optimize_for_inference(model: nn.Module, example_inputs: tuple[Any, ...]) ->
         raise TypeError(
             f"`example_inputs` is {type(example_inputs).__name__}; expected a tuple of the arguments, such as (x,)."
         )
+    model = bare(model)
     with torch.no_grad():
         dense = copy.deepcopy(model).eval().requires_grad_(False)
         try:

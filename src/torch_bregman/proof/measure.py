@@ -22,6 +22,7 @@ from ..export.formats import as_inputs, rows_of
 from ..export.save import save_sparse
 from ..inference import optimize_for_inference
 from ..layers import weight_layers
+from ..network.wrapped import DENSER, bare, is_average
 from ..shrink import shrink
 from .contenders import Maker, compiled, in_onnxruntime
 from .figures import COMPILED, DENSE, ONNX, SPARSE, SPARSE_ONNX, Units
@@ -55,8 +56,9 @@ def prove(
     Neither network is changed.
 
     Args:
-        dense: the dense twin; None for the architecture of `sparse` with random weights in place of the zeros, which
-            has the size and the speed of a twin, and no accuracy.
+        dense: the dense twin; what torch.compile, data parallelism or averaging put around it or around `sparse` is
+            taken off. None for the architecture of `sparse` with random weights in place of the
+            zeros, which has the size and the speed of a twin, and no accuracy.
         sparse: the network as it was trained, with exact zeros.
         example_inputs: a tensor, or a tuple of the tensors that the networks are called with.
         accuracy: a function of a network, called on all of them, or such functions or known values by name: "dense",
@@ -76,9 +78,10 @@ def prove(
     """
     inputs, batches = as_inputs(example_inputs), _checked(rounds, batches)
     say = progress or (lambda _: None)
-    sparse = copy.deepcopy(sparse).cpu().eval()
+    averaged = is_average(sparse)
+    sparse = copy.deepcopy(bare(sparse)).cpu().eval()
     twin = dense is not None
-    dense = copy.deepcopy(dense).cpu().eval() if dense is not None else random_weights(sparse)
+    dense = copy.deepcopy(bare(dense)).cpu().eval() if dense is not None else random_weights(sparse)
     machine = _machine()
     say("shrinking")
     largest = rows_of(inputs, max(batches))
@@ -89,7 +92,7 @@ def prove(
     with tempfile.TemporaryDirectory() as folder:
         saved = save_sparse(small.model, Path(folder) / "sparse.safetensors")
     off = _difference(best, sparse, largest)
-    sizes = facts(dense, small.model, best, inputs, max(batches), saved.bytes)
+    sizes = facts(dense, sparse, small.model, best, inputs, max(batches), saved.bytes)
     networks = {"dense": dense, "sparse": sparse, "shrunk": small.model, "optimized": best}
     makers = _contenders(dense, small.model, best, inputs, largest)
     if not rivals:
@@ -103,7 +106,7 @@ def prove(
         latencies=tuple(latencies(makers, {batch: rows_of(inputs, batch) for batch in batches}, rounds, say)),
         units=tuple(Units(r.name, r.kind, r.before, r.after, str(r.reason or "")) for r in small.report.rows),
         machine=machine,
-        notes=() if twin else (NO_TWIN,),
+        notes=(*([] if twin else [NO_TWIN]), *([DENSER] if averaged else [])),
     )
 
 

@@ -16,19 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..export.formats import rows_of
-from ..layers import forward_flops, weight_layers
+from ..layers import forward_flops, matrix_entries, weight_layers
 from .figures import Fact
 
 
 @torch.no_grad()
 def facts(
-    dense: nn.Module, shrunk: nn.Module, optimized: nn.Module, inputs: tuple[Tensor, ...], batch: int, saved: int
-) -> tuple[Fact, ...]:
+    dense: nn.Module, sparse: nn.Module, shrunk: nn.Module, optimized: nn.Module, inputs: tuple[Tensor, ...],
+    batch: int, saved: int,
+) -> tuple[Fact, ...]:  # fmt: skip
     """Of the dense and of the sparse network, shrunk and optimized. `saved`: bytes of the sparse file."""
     largest = rows_of(inputs, batch)
+    counted, every, _ = matrix_entries(sparse)
+    alive = live_weights(sparse)
     return (
         Fact("parameters", parameters(dense), parameters(shrunk), "",
              "of the dense network all; of the shrunk one non-zero weights, and all biases and norms"),
+        Fact("weights", live_weights(dense), alive, "",
+             f"non-zero ones as trained, {alive / max(1, counted):.2%} of {counted:,}; these are {counted:,} of "
+             f"{every:,} matrix entries"),
         Fact("FLOPs per sample", flops(dense, inputs), flops(shrunk, inputs), "FLOP",
              "2 × weights × positions of the Linear and Conv layers by formula, zeros not counted: what has to be "
              "computed, not what a dense kernel does"),
@@ -45,6 +51,11 @@ def parameters(model: nn.Module) -> int:
     """Non-zero Linear and Conv weights, and all other parameters."""
     weights = {id(layer.weight) for layer in weight_layers(model)}
     return sum(int(p.count_nonzero()) if id(p) in weights else p.numel() for p in model.parameters())
+
+
+def live_weights(model: nn.Module) -> int:
+    """Non-zero weights."""
+    return sum(int(layer.weight.count_nonzero()) for layer in weight_layers(model))
 
 
 def flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:

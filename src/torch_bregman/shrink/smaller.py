@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..distributed import require_whole
 from ..network.trace import STEPPED
+from ..network.wrapped import DENSER, bare, is_average
 from ..part import Piece
 from ..text import Shown, Table
 from .check import difference
@@ -63,7 +64,8 @@ def shrink(
     Where the number of heads, or the size of a view, stands in the network's code, it is a torch.fx.GraphModule.
 
     Args:
-        model: the network. torch.fx has to be able to follow it; if it cannot, only attention heads and ranks shrink.
+        model: the network; what torch.compile, data parallelism or averaging put around it is taken off. torch.fx has
+            to be able to follow it; if it cannot, only attention heads and ranks shrink.
         example_inputs: what its forward takes, in order. Spatial sizes are those of all later inputs, the batch size
             need not be.
         optimizer: of `model`. A new one of the same class is made for the smaller network, with the state cut along:
@@ -81,6 +83,7 @@ def shrink(
         raise TypeError(
             f"`example_inputs` is {type(example_inputs).__name__} {example_inputs!r:.80}; expected tensors."
         )
+    averaged, model = is_average(model), bare(model)
     require_whole(model, "tb.shrink")
     if optimizer is not None:
         check_optimizer(model, optimizer)
@@ -95,6 +98,8 @@ def shrink(
         split_ranks(smaller)
     elif any(reg is not None and reg.unit == "rank" for reg in getattr(optimizer, "regularizers", [])):
         smaller.notes.append("No layer became two factors: the state of the optimizer does not split like that.")
+    if averaged:
+        smaller.notes.append(DENSER)
     rows = smaller.rows()
     smaller.finish()
     off = difference(model, smaller.model, inputs)
