@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 
 import pytest
@@ -315,6 +316,70 @@ def test_same_outputs_and_gradients(name: str, training: bool, seed: int) -> Non
     agree(compact, torch.randn_like(torch.cat([x, x])))
     assert size(compact.model) < size(model)
     assert difference(compact, x) < 1e-10
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.deep, self.norm = nn.Conv2d(width, width, 5, padding=2, groups=width), nn.LayerNorm(width)
+        self.a, self.b = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.deep(x).permute(0, 2, 3, 1))
+        return x + (self.b(F.gelu(self.a(y))) * self.scale).permute(0, 3, 1, 2)
+
+
+class Beside(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def drawn(seed: int) -> tuple[nn.Sequential, Tensor]:
+    """Convolutions with any groups, stride, padding and dilation, in the blocks of MobileNet, Xception and ConvNeXt."""
+    rng = random.Random(seed)
+    x = image = torch.randn(3, rng.choice([2, 3, 4]), 12, 12)
+    layers: list[nn.Module] = []
+    for _ in range(rng.randint(3, 6)):
+        width = x.shape[1]
+        kernel, stride, dilation = rng.choice([1, 2, 3, (3, 1)]), rng.choice([1, 1, 2]), rng.choice([1, 1, 2])
+        options = {
+            "stride": stride, "padding": rng.choice([0, 0, 1, 2]), "dilation": dilation, "bias": rng.random() < 0.7,
+            "padding_mode": rng.choice(["zeros", "zeros", "reflect", "circular"]),
+        }  # fmt: skip
+        parts = rng.choice([d for d in (1, 2, 3, 4) if width % d == 0])
+        deep = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
+        block = rng.choice(
+            [
+                [nn.Conv2d(width, rng.choice([4, 6]), kernel, **options)],
+                [nn.Conv2d(width, width, kernel, groups=width, **options)],
+                [nn.Conv2d(width, 2 * width, kernel, groups=width, **options)],
+                [nn.Conv2d(width, 2 * parts, kernel, groups=parts, **options)],
+                [nn.Conv2d(width, width, 3, groups=width), nn.Conv2d(width, 6, 1)],
+                [
+                    Beside(
+                        nn.Conv2d(width, 2 * width, 1), nn.ReLU6(), deep, nn.Hardswish(), nn.Conv2d(2 * width, width, 1)
+                    )
+                ],
+                [ConvNeXtBlock(width)],
+                [nn.BatchNorm2d(width), rng.choice([nn.ReLU(), nn.GELU(), nn.Sigmoid()])],
+                [nn.MaxPool2d(2)],
+            ]
+        )
+        try:
+            y = nn.Sequential(*block)(x)
+        except RuntimeError:  # an image smaller than a kernel
+            continue
+        if 0 < y.numel() < 20_000:
+            layers, x = [*layers, *block], y.detach()
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(x[0].numel(), 3)), image
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_convolutions_one_after_the_other(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = drawn(seed)
+    agree(make(model.train(seed % 3 > 0), kill(model, 0.5), x), x)
 
 
 @pytest.mark.parametrize("death", [0.1, 0.9, 1.0])
