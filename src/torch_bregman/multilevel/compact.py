@@ -87,6 +87,7 @@ class CompactNetwork:
         self._given = {live.full: live for live in lives}
         self._statistics: list[Piece] = []
         self._norms: list[tuple[Any, Cut]] = []
+        self._copied: list[tuple[Tensor, int]] = []
         small: dict[int, nn.Module] = {}
         for name, cut in cuts.items():
             module: Any = graph.model.get_submodule(name)
@@ -102,6 +103,10 @@ class CompactNetwork:
     def restricts(self, parameter: Tensor) -> bool:
         """Whether it computes with a live part of this parameter."""
         return any(live.full is parameter for live in self.lives)
+
+    def up_to_date(self) -> bool:
+        """Whether the parameters that were not trained when it was made still rest."""
+        return not any(full.requires_grad or full._version != version for full, version in self._copied)
 
     # ---- its modules
 
@@ -164,6 +169,7 @@ class CompactNetwork:
             self._put(small, name, Live(full, Part(full, (), kept)))
         elif len(kept) < len(full):
             small._parameters[name] = nn.Parameter(full.detach()[kept.to(full.device)], requires_grad=False)
+            self._copied.append((full, full._version))
 
     def _put(self, small: Any, name: str, live: Live) -> None:
         small._parameters[name] = live.values

@@ -146,12 +146,17 @@ class Contest:
         return True
 
     def outdated(self) -> bool:
-        """Whether hooks have come since the compact network was made, which it does not call."""
+        """Whether the compact network is of a model that has other modules, hooks or frozen parameters now."""
         network = self.modules.network
         if network is None or network.compact is None:
             return False
-        looked = self._graph[0][1]
-        return looked_at(self.modules.model) != looked or any(hooked(live.full) for live in network.compact.lives)
+        hooks = any(hooked(live.full) for live in network.compact.lives)
+        return hooks or not network.compact.up_to_date() or self._graph[0][1:] != self._modules()
+
+    def _modules(self) -> tuple[list[str], list[nn.Module]]:
+        """The names of those that have hooks, and all."""
+        model = self.modules.model
+        return looked_at(model), list(model.modules())
 
     def expected(self) -> None:
         """Make the compact network that a loaded run had."""
@@ -195,8 +200,8 @@ class Contest:
     def _traced(self, inputs: tuple[Tensor, ...]) -> Graph | None:
         """The graph of the model for inputs of this shape; None where it cannot be followed."""
         model = self.modules.model
-        looked = looked_at(model)
-        key = [(x.shape[1:], x.dtype, x.device) for x in inputs], looked
+        looked, modules = self._modules()
+        key = [(x.shape[1:], x.dtype, x.device) for x in inputs], looked, modules
         if not self._everywhere(*(name in looked for name, _ in model.named_modules()), alike=True):
             return None
         # A hook there may do anything to what passes, and only calling it would tell.

@@ -255,7 +255,9 @@ class Multilevel:
     @property
     def report(self) -> Report:
         """How each layer computed in the last coarse phase, and the timings that decided it. Prints as a table."""
-        return Report(dict(self.choices), (*sentences(self._meant), *self._contest.notes))
+        late = self._modules.late(self._exchange.weights()) if self.coarse_steps != 0 else []
+        later = [f"Computed densely, as they came after Multilevel was made: {', '.join(late)}."] if late else []
+        return Report(dict(self.choices), (*sentences(self._meant), *self._contest.notes, *later))
 
     # ------------------------------------------------------------------ the cycle
 

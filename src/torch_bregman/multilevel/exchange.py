@@ -67,6 +67,11 @@ class Exchange:
         known = [part.regularizer for part in self.parts if part.group == group]
         return known[0] if known else self.optimizer.regularizers[group]
 
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters of the model that the optimizer trains, in full or in part."""
+        full = {id(part.live.values): part.live.full for part in self.parts}
+        return [full.get(id(p), p) for group in self.optimizer.param_groups for p in group["params"]]
+
     def places(self) -> dict[Tensor, tuple[int, int]]:
         """Group and place of every parameter that has a dual."""
         return {

@@ -13,6 +13,7 @@ from ..network import kinds
 from ..part import Part
 from .conv import ConvPattern, sparse_conv2d
 from .linear import Pattern, sparse_linear
+from .restricted import class_of
 
 
 class SparseForm:
@@ -97,4 +98,4 @@ def form_of(module: nn.Module) -> SparseForm | None:
     form: SparseForm | None = kinds.of(module).sparse
     if form is None or "forward" in module.__dict__:
         return None
-    return form if type(module._parameters.get("weight")) is nn.Parameter and form.takes(module) else None
+    return form if class_of(module._parameters.get("weight")) is nn.Parameter and form.takes(module) else None

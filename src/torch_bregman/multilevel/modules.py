@@ -74,6 +74,15 @@ class WatchedModules:
         """The layers that have this weight."""
         return [layer for layer in self.layers if layer.weight is weight]
 
+    def late(self, trained: Collection[Tensor]) -> list[str]:
+        """The names of layers that would be watched, had they been there in the beginning."""
+        held, known = {id(p) for p in trained}, {layer.module for layer in self.layers}
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if module not in known and form_of(module) is not None and id(module.weight) in held
+        ]
+
     def compute_with(self, lives: dict[WatchedLayer, Live]) -> None:
         """These layers compute with their live weights alone, all others as ever."""
         for layer in self.layers:

@@ -109,7 +109,7 @@ def _plain(parameter: Any) -> Iterator[Any]:
     """The parameter as it was before, up to date."""
     kind, live = type(parameter), parameter.__dict__["_live"]
     live.flush()
-    _class_of(parameter, kind.__mro__[2])
+    _restore(parameter)
     try:
         yield parameter
     finally:
@@ -117,9 +117,14 @@ def _plain(parameter: Any) -> Iterator[Any]:
         parameter.__class__ = kind
 
 
-def _class_of(parameter: Any, base: type) -> None:
+def _restore(parameter: Any) -> None:
     del parameter.__dict__["_live"]
-    parameter.__class__ = base
+    parameter.__class__ = class_of(parameter)
+
+
+def class_of(parameter: Any) -> type:
+    """The class that it has when it is not restricted."""
+    return type(parameter).__mro__[2] if isinstance(parameter, _Restricted) else type(parameter)
 
 
 def own(parameter: Any, name: str) -> Any:
@@ -150,4 +155,4 @@ def wait(parameter: nn.Parameter) -> bool:
 def end(parameter: nn.Parameter) -> None:
     """An ordinary parameter again."""
     if isinstance(parameter, _Restricted):
-        _class_of(parameter, type(parameter).__mro__[2])
+        _restore(parameter)
