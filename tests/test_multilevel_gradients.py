@@ -347,6 +347,109 @@ def test_steps_that_a_scaler_skips_leave_nothing_behind(form: str) -> None:  # n
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
+@pairwise({"margin": [0.0, 1.0], "images": [False, True], "coarse": [1, 3], "penalty": ["input", "biases"]})
+def test_penalties_on_gradients_are_differentiated(
+    margin: float, images: bool, coarse: int, penalty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradient penalties, equations that a network shall fulfil: gradients of gradients, in fine and coarse steps."""
+    results = []
+    for fast in (False, True):
+        for name in ("FASTER", "ABLE"):
+            monkeypatch.setattr(choice, name, float("inf") if fast else 0.0)
+        torch.manual_seed(0)
+        model = mlp()
+        if images:
+            model = nn.Sequential(
+                nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 3), nn.Tanh(), nn.Flatten(),
+                nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 3),
+            )  # fmt: skip
+            tb.sparse_init_(model, 0.4)
+        optimizer = OPTIMIZERS["linbreg"](tb.param_groups(model, tb.L1(), lam=0.01))
+        levels = tb.Multilevel(model, optimizer, coarse_steps=coarse, fine_steps=1, margin=margin)
+        for i in range(8):
+            x, y = batch(i, (1, 8, 8) if images else (12,))
+            x.requires_grad_()
+            model.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            of = [x] if penalty == "input" else [p for n, p in model.named_parameters() if n.endswith("bias")]
+            parts = torch.autograd.grad(loss, of, create_graph=True)
+            (loss + 0.1 * sum(g.square().sum() for g in parts)).backward()
+            optimizer.step()
+            levels.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-11)
+
+
+def test_gradients_that_are_to_be_differentiated_where_they_lie_are_refused(form: str) -> None:  # noqa: F811
+    model, _, _ = restricted(form)
+    model.zero_grad()
+    x, y = batch(0)
+
+    def look() -> None:
+        F.cross_entropy(model(x), y).backward(create_graph=True)
+        assert model[0].weight.grad is not None
+
+    with pytest.raises(RuntimeError, match=r"call torch.autograd.grad"):
+        look()
+
+
+@pairwise(
+    {"regularizer": [tb.L1(), tb.GroupL1("rows")], "bad": [0, 2, 4, 5], "amp": [False, True], "fast": [False, True]}
+)
+def test_a_skipped_step_moves_nothing_and_the_next_ones_go_on(
+    regularizer: tb.Regularizer, bad: int, amp: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a loop with autocast has it, which calls all that is to be called whether the scaler has stepped or not."""
+    for name in ("FASTER", "ABLE"):
+        monkeypatch.setattr(choice, name, float("inf") if fast else 0.0)
+    model = mlp().float()
+    optimizer = OPTIMIZERS["adabreg"](tb.param_groups(model, regularizer, lam=0.05))
+    levels = tb.Multilevel(model, optimizer, coarse_steps=4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i in range(12):
+        x, y = batch(i)
+        model.zero_grad()
+        before = [p.detach().clone() for p in model.parameters()]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+            loss = F.cross_entropy(model(x.float()).float(), y)
+        scaler.scale(loss * (float("inf") if i == bad else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        levels.step()
+        assert all(map(torch.equal, before, model.parameters())) == (i == bad)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_closures_that_clear_and_clip_at_the_model(form: str) -> None:  # noqa: F811
+    results = []
+    for closure in (False, True):
+        model = mlp()
+        optimizer = OPTIMIZERS["adabreg"](tb.param_groups(model, tb.L1(), lam=0.05))
+        levels = tb.Multilevel(model, optimizer, coarse_steps=4)
+        for i in range(12):
+
+            def loss(model: Any = model, optimizer: Any = optimizer, closure: bool = closure, i: int = i) -> Tensor:
+                x, y = batch(i)
+                (model if closure else optimizer).zero_grad()
+                total = F.cross_entropy(model(x), y)
+                total.backward()
+                nn.utils.clip_grad_norm_(list(model.parameters()) if closure else held(optimizer), 0.05)
+                return total
+
+            if closure:
+                optimizer.step(loss)
+            else:
+                loss()
+                optimizer.step()
+            levels.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
 def test_two_backward_passes_over_one_graph_add_up(form: str) -> None:  # noqa: F811
     model, optimizer, _ = restricted(form)
     once = [p.grad.clone() for p in held(optimizer)]

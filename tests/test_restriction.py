@@ -82,7 +82,13 @@ def test_gradients_by_finite_differences() -> None:
     pattern = Pattern(weight)
     arguments = (torch.randn(5, 9, dtype=torch.float64), pattern.restrict(weight), torch.randn(7, dtype=torch.float64))
     inputs = [a.requires_grad_() for a in arguments]
-    assert torch.autograd.gradcheck(lambda x, values, bias: sparse_linear(x, values, bias, pattern), inputs)
+    for relu in (False, True):
+
+        def layer(x: Tensor, values: Tensor, bias: Tensor, relu: bool = relu) -> Tensor:
+            return sparse_linear(x, values, bias, pattern, relu=relu)
+
+        assert torch.autograd.gradcheck(layer, inputs)
+        assert torch.autograd.gradgradcheck(layer, inputs)
 
 
 def test_layers_in_a_row_pass_their_layout_on() -> None:

@@ -94,9 +94,10 @@ def test_gradients_by_finite_differences(stride: int, padding: Any, dilation: in
     pattern = ConvPattern(weight)
     arguments = (torch.randn(3, 4, 5, 6, dtype=torch.float64), pattern.restrict(weight), torch.randn(4).double())
     inputs = [a.requires_grad_() for a in arguments]
-    assert torch.autograd.gradcheck(
-        lambda x, values, bias: sparse_conv2d(x, values, bias, pattern, stride, padding, dilation, groups), inputs
-    )
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(
+            lambda x, values, bias: sparse_conv2d(x, values, bias, pattern, stride, padding, dilation, groups), inputs
+        )
 
 
 def test_restrict_and_prolong_keep_the_order_of_the_matrix_in_every_layout() -> None:
@@ -151,6 +152,13 @@ def test_pooling_takes_the_first_of_equals(batch: int, layout: str, dtype: torch
         torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
         (a,), (b,) = torch.autograd.grad(got, x, upstream), torch.autograd.grad(wanted, x, upstream)
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_the_gradient_of_a_pooling_has_a_gradient(relu: bool) -> None:
+    x = torch.randn(3, 2, 7, 8, dtype=torch.float64, requires_grad=True)
+    for sizes in ((2,), (3, 2, 1), ((3, 2), (1, 3), (1, 0))):
+        assert torch.autograd.gradgradcheck(lambda x, sizes=sizes: max_pool2d(x, *sizes, relu=relu), (x,))
 
 
 def test_layers_in_a_row_pass_their_layout_on() -> None:

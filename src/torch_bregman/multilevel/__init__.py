@@ -10,7 +10,7 @@
 | `contest`, `choice`, `limits`, `report` | what computes how, decided by timing, and what cannot |
 | `hooks` | hooks of the user: heeded where they change gradients, silent where a pass is only timed |
 | `modules`, `watch`, `layers`, `sequential`, `network_watch` | standing between modules and their calls |
-| `forms`, `linear`, `conv` | layers that compute with live entries alone |
+| `forms`, `linear`, `conv`, `twice` | layers that compute with live entries alone, and gradients of their gradients |
 | `compact` | the smaller dense network where whole units are dead |
 | `averages` | the ranks of a DistributedDataParallel |
 """

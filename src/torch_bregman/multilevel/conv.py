@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from .. import kernels
 from ..kernels import DTYPES, LINE_BYTES, threads
 from ..part import Part
 from .linear import ALONE, check_values
+from .twice import gradients, placed
 
 PIXELS = 512 << 10  # bytes of input that a piece reads at most, if it can: a part of the level-2 cache
 PIECES = 16  # that the work is cut into at least, if it can be
@@ -235,14 +236,22 @@ class _SparseConv2d(torch.autograd.Function):
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: ConvPattern,
         key: tuple[Pair, Pair, Pair, int], shape: tuple[int, ...], near: ConvPattern | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, values)
+        ctx.save_for_backward(x, values, bias)
+        ctx.pattern, ctx.key, ctx.beside = pattern, key, near
         ctx.lists, ctx.near = pattern.lists(*key), near and (near.lists(*key)[0], len(near))
         return _product(ctx.lists[0], x, values[: len(pattern)], bias, shape)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, values, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def dense(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+                return functional.conv2d(x, placed(values, ctx.pattern, ctx.beside), bias, *ctx.key)
+
+            found = gradients(dense, (x, values, bias), ctx.needs_input_grad[:3], grad)
+            return (*found, None, None, None, None)
         forward, backward = ctx.lists
         to_x = to_values = to_bias = None
         if ctx.needs_input_grad[0]:
@@ -324,15 +333,28 @@ class _MaxPool2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         from ..kernels import conv
 
+        (grad,) = grads
         (which,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _unpool(grad, which, ctx.shape, ctx.sizes), None, None
         gt = grad.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
         to_x = _batch_last(*ctx.shape, like=grad)
         _pool(conv.unpool(DTYPES[grad.dtype]), to_x, gt, which, ctx.shape, ctx.sizes)
         return to_x, None, None
+
+
+def _unpool(grad: Tensor, which: Tensor, shape: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+    """The gradient of a pooling by torch's operations, as a function of `grad`."""
+    _, across, step_y, step_x, around_y, around_x, _ = sizes
+    number, (rows, columns) = which.to(torch.int64), grad.shape[2:]
+    y = torch.arange(rows)[:, None] * step_y - around_y + number // across
+    x = torch.arange(columns) * step_x - around_x + number % across
+    place = (y * shape[3] + x).masked_fill(number < 0, 0).flatten(2)
+    flat = grad.new_zeros(*shape[:2], shape[2] * shape[3])
+    return flat.scatter_add(2, place, grad.masked_fill(number < 0, 0).flatten(2)).view(shape)
 
 
 def _pool(loop: Any, x: Tensor, y: Tensor, which: Tensor, shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:

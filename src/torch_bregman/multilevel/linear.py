@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .. import kernels
 from ..kernels import BAND, DTYPES, threads
 from ..part import Part
+from .twice import gradients, placed
 
 BLOCK = 768  # columns of a block: at 128 floats of the batch, 384 KB of X
 ENTRIES = 16  # per row and block, at least: the sums are read and written once for each
@@ -102,11 +104,10 @@ class _SparseLinear(torch.autograd.Function):
 
         xt = _batch_last(x)
         y = xt.new_empty(pattern.shape[0], xt.shape[1])
-        values = values.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        _run(csr.product(DTYPES[x.dtype]), pattern.lists[0], values, xt, y, bias, relu)
-        ctx.pattern, ctx.near, out = pattern, near, y.t()
-        ctx.save_for_backward(xt, values, out if relu else None)
+        row = None if bias is None else bias.contiguous()
+        _run(csr.product(DTYPES[x.dtype]), pattern.lists[0], values.contiguous(), xt, y, row, relu)
+        ctx.pattern, ctx.near, ctx.relu, out = pattern, near, relu, y.t()
+        ctx.save_for_backward(xt, values, out if relu else None, x, bias, whole)
         return out
 
     @staticmethod
@@ -114,9 +115,19 @@ class _SparseLinear(torch.autograd.Function):
         from ..kernels import csr
 
         (grad,) = grads
-        xt, values, out = ctx.saved_tensors
+        xt, values, out, x, bias, whole = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def dense(x: Tensor, values: Tensor, bias: Tensor | None, whole: Tensor | None) -> Tensor:
+                weight = placed(values, ctx.pattern, ctx.near)
+                y = functional.linear(x, weight if whole is None else weight + (whole - whole.detach()), bias)
+                return y.relu() if ctx.relu else y
+
+            needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+            *first, to_whole = gradients(dense, (x, values, bias, whole), needs, grad)
+            return (*first, None, to_whole, None, None)
         name, pattern = DTYPES[xt.dtype], ctx.pattern
-        gt = _batch_last(grad)
+        gt, values = _batch_last(grad), values.contiguous()
         if out is not None:
             gt = torch.ops.aten.threshold_backward(gt, out.t(), 0)
         to_x = to_values = to_bias = to_whole = None

@@ -57,6 +57,7 @@ class Live:
         if grad is None:
             return
         restricted.set_own(self.full, "grad", None)
+        _without_graph(grad)
         part = self.where.restrict(grad.dense() if isinstance(grad, LiveGradient) else grad)
         self.values.grad = part if self.values.grad is None else self.values.grad.add_(part)
 
@@ -64,7 +65,10 @@ class Live:
     def gradient(self) -> LiveGradient | None:
         """That of the live part, in the shape of W."""
         self._receive()
-        return None if self.values.grad is None else LiveGradient(self.values.grad, self.where)
+        if self.values.grad is None:
+            return None
+        _without_graph(self.values.grad)
+        return LiveGradient(self.values.grad, self.where)
 
     @gradient.setter
     def gradient(self, gradient: Tensor | None) -> None:
@@ -120,6 +124,14 @@ class Live:
         self._hook.remove()
         if gradient and shown is not None:
             self.full.grad = shown.dense()
+
+
+def _without_graph(grad: Tensor) -> None:
+    if grad.requires_grad:
+        raise RuntimeError(
+            "backward(create_graph=True) has left a gradient that Multilevel cannot show in a coarse phase; call "
+            "torch.autograd.grad(loss, inputs, create_graph=True) for what is differentiated again, then backward()."
+        )
 
 
 def part_of(weight: Tensor, regularizer: Regularizer | None, index: Tensor | None = None) -> Part:
