@@ -251,3 +251,37 @@ def test_what_cannot_be_copied_is_said() -> None:
     remembers[0].seen = [remembers(x)]
     with pytest.raises(ValueError, match=r"`model`: 0\.seen holds a tensor that was computed"):
         tb.shrink(remembers, (x,))
+
+
+def by_width(m: Any, x: Tensor) -> Tensor:
+    return m.out(m.up(x).relu() * m.up.out_features**-0.5)
+
+
+def by_count(m: Any, x: Tensor) -> Tensor:
+    return m.out(m.up(x).relu()) / m.out.in_features
+
+
+def with_assert(m: Any, x: Tensor) -> Tensor:
+    assert m.up.out_features == 8
+    return m.out(m.up(x).relu())
+
+
+@pytest.mark.parametrize("forward", [by_width, by_count, with_assert])
+def test_code_that_computes_with_sizes_becomes_what_was_traced(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    torch.manual_seed(0)
+    model = Sized()
+    model.up.weight.data[:4] = 0
+    small = tb.shrink(model, (torch.randn(5, 3),))
+    assert isinstance(small.model, torch.fx.GraphModule)
+    assert small.model.up.out_features == 4
+    assert any("computes with the sizes" in note for note in small.report.notes)
+    with pytest.raises(RuntimeError, match="nothing was changed"):
+        tb.shrink(model, (torch.randn(5, 3),), torch.optim.SGD(model.parameters(), lr=0.1))

@@ -264,13 +264,21 @@ def unbind(walk: HeadsWalk, node: fx.Node) -> list[Any] | None:
 
 
 def chunk(walk: HeadsWalk, node: fx.Node) -> list[Any] | None:
-    """chunk(parts, -1) and split(size, -1) of channels, into parts of one size whose channels correspond."""
+    """chunk(parts, -1) and split(size, -1) of channels, into parts of one size whose channels correspond.
+
+    Also split([size, size, ...], -1), where they need not.
+    """
     source: Any = node.args[0]
     wire = walk.wires[source]
     n = len(walk.shapes[source])
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     size: Any = node.args[1] if len(node.args) > 1 else None
-    if wire is None or not isinstance(dim, int) or dim % n != wire.dim or not isinstance(size, int | fx.Node):
+    if wire is None or not isinstance(dim, int) or dim % n != wire.dim:
+        return None
+    if isinstance(size, tuple | list) and all(isinstance(part, int) for part in size):
+        walk.edits += [Edit(node, 1, i, ids, 1) for i, ids in enumerate(torch.split(wire.ids, list(size)))]
+        return _parts(wire, list(size))
+    if not isinstance(size, int | fx.Node):
         return None
     whole = len(wire.ids)
     if node.target in ("chunk", torch.chunk):
@@ -285,7 +293,11 @@ def chunk(walk: HeadsWalk, node: fx.Node) -> list[Any] | None:
         walk.edits.append(Edit(node, 1, None, wire.ids[:each], 1))
     ids = wire.ids.view(-1, each)
     walk.pairs += [(ids[0], other) for other in ids[1:]]
-    parts = zip(ids, wire.constant.view(-1, each), wire.value.view(-1, each), strict=True)
+    return _parts(wire, each)
+
+
+def _parts(wire: Wire, sizes: int | list[int]) -> list[Any]:
+    parts = zip(*(torch.split(tensor, sizes) for tensor in wire[1:]), strict=True)
     return [Wire(wire.dim, *part) for part in parts]
 
 

@@ -67,7 +67,7 @@ def aligned(walk: Walk, node: fx.Node) -> dict[fx.Node, Wire] | None:
         elif (wire := walk.wires[x]) is not None:  # one channel for all of the others
             walk.hold(wire.ids)
     first, *others = wires.values()
-    walk.pairs += [(first.ids, other.ids) for other in others]
+    walk.join([(first.ids, other.ids) for other in others])
     return wires
 
 

@@ -52,6 +52,9 @@ class RemovableChannels(HeadsWalk):
             self.needs.append((moving, MOVES))
         self.label = components(self.count, self.pairs)
         self.reads = {call.name: _reads(call.module) for call in self.calls if kinds.of(call.module).mixes(call.module)}
+        self.moves = torch.zeros(self.count, dtype=torch.bool)
+        if moving is not None:
+            self.moves[moving] = True
         kept = self._all(torch.cat([torch.empty(0, dtype=torch.int64), *(ids for ids, _ in self.needs)]))
         self.forced = torch.zeros_like(kept)
         self.carriers: dict[str, int] = {}
@@ -137,8 +140,9 @@ class RemovableChannels(HeadsWalk):
             gone = now
 
     def _missing(self) -> Tensor | None:
-        """An id of a layer of which nothing would be left, for that would be no layer."""
-        for ids in (*(call.output.ids for call in self.calls), *(ids for _, _, ids in self.attributes)):
+        """An id of a layer of which nothing would be left, for that would be no layer; nor is one without inputs."""
+        sides = [ids for call in self.calls for ids in (call.output.ids, call.source.ids)]
+        for ids in (*sides, *(ids for _, _, ids in self.attributes)):
             if len(ids) and self.gone[ids].all():
                 return ids[0]
         return None
@@ -155,7 +159,8 @@ class RemovableChannels(HeadsWalk):
                 if not lost.any():
                     continue
                 size = source.value.abs()
-                able = known & ~gone & (4 * size >= size[lost].max())  # divided by something small, rounding would grow
+                able = known & ~gone & ~self.moves[source.ids]
+                able &= 4 * size >= size[lost].max()  # divided by something small, rounding would grow
                 if not able.any():
                     return {}, source.ids[int(size.where(lost, 0.0).argmax())]
                 carriers[call.name] = int(size.where(able, 0.0).argmax())
@@ -178,8 +183,10 @@ class RemovableChannels(HeadsWalk):
         read = [torch.empty(0, dtype=torch.int64)]
         read += [c.source.ids[self.reads[c.name].any(0)] for c in self.calls if c.name in self.reads]
         read += [ids for ids, _ in self.needs]
+        one = components(self.count, self.joined)
         unread = torch.ones(self.count, dtype=torch.bool)
-        unread[torch.cat(read)] = False
+        unread[one[torch.cat(read)]] = False
+        unread = unread[one]
         silent = (kinds.of(call.module).matrix(call.module) == 0).cpu().flatten(1).all(1)
         return call.output.constant | silent | unread[call.output.ids]
 

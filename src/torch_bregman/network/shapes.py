@@ -115,11 +115,18 @@ def item(walk: Walk, node: fx.Node, module: Any, wire: Wire) -> Wire | None:
             after += 1
         elif isinstance(key, slice | int) and before != wire.dim:
             before, after = before + 1, after + isinstance(key, slice)
-        elif key == slice(None):
+        elif _is_all(key, walk.shapes[node.all_input_nodes[0]][before]):
             return wire._replace(dim=after)
         else:
             return barrier(walk, node, module)
     return wire._replace(dim=wire.dim + after - before)
+
+
+def _is_all(key: Any, size: int) -> bool:
+    """Whether a slice takes everything, and would of less."""
+    if not isinstance(key, slice) or key.start not in (None, 0) or key.step not in (None, 1):
+        return False
+    return key.stop is None or (isinstance(key.stop, int) and key.stop >= size)
 
 
 @channelwise

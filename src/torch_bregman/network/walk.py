@@ -92,6 +92,7 @@ class Walk:
         numbers: by node that is a number of channels or holds one, the wire of the tensor that it was read from.
         calls: the modules that may be cut.
         pairs: ids that only exist together.
+        joined: those of them that an operation makes one channel of.
     """
 
     weights_change: bool
@@ -106,6 +107,7 @@ class Walk:
         self.calls: list[Call] = []
         self.count = 0
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.joined: list[tuple[Tensor, Tensor]] = []
         self.order = {node: i for i, node in enumerate(trace.nodes)}
         self.operations: dict[fx.Node, Operation] = {}
         for node in trace.nodes:
@@ -139,6 +141,11 @@ class Walk:
         """Ids for n channels that did not exist before."""
         self.count += n
         return torch.arange(self.count - n, self.count)
+
+    def join(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """An operation makes one channel of these."""
+        self.pairs += pairs
+        self.joined += pairs
 
     def emit(self, dim: int, ids: Tensor, constant: Tensor, value: Tensor) -> Wire:
         """A wire; ids that have a channel which is not constant are reported."""

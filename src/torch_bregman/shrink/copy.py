@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ class ShrinkingCopy:
         original, model: the network that was given, and the copy.
         notes: what there is to know beside the rows.
         code: of the copy, where that has to change.
+        traced: makes such code in any case, for a network whose own code does not work with other sizes.
         parts: of the original's parameters, what became of each.
         outcomes: by name of a layer.
     """
@@ -46,6 +47,7 @@ class ShrinkingCopy:
             p.grad = None
         self.notes: list[str] = []
         self.code: fx.Graph | None = None
+        self.traced: Callable[[], fx.Graph] | None = None
         self.parts: dict[nn.Parameter, list[Piece]] = {}
         self.outcomes: dict[str, Outcome] = {}
         # Every module of the original, and the one of the copy that is cut.
@@ -108,9 +110,13 @@ class ShrinkingCopy:
                 name = name.rpartition(".")[0]
             module.training = flags[name]
         if self.code is not None:
-            training = self.model.training
-            self.model = fx.GraphModule(self.model, self.code, type(self.original).__name__)
-            self.model.training = training
+            self.rewrite(self.code)
+
+    def rewrite(self, code: fx.Graph) -> None:
+        """Make the cut network a GraphModule."""
+        training = self.model.training
+        self.code, self.model = code, fx.GraphModule(self.model, code, type(self.original).__name__)
+        self.model.training = training
 
     def rows(self) -> list[Row]:
         """What became of each layer."""

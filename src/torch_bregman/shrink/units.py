@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def remove_units(
         if name in called or kinds.of(module).has_heads or outcome.reason:
             continue
         outcome.reason = "is called in another way than once with one tensor"
+        if name in graph.traced().fixed:
+            outcome.reason = "is called twice, shares weights, or has a hook or another reader of its weights"
         if known(module) is not kinds.of(module):
             outcome.reason = f"is a {outcome.kind}, and what its own `forward` computes is not known"
             if known(module).rows_are_outputs:
@@ -59,9 +62,11 @@ def remove_units(
         if walk.gone[ids].any():
             owner, _, leaf = name.rpartition(".")
             smaller.exchange(owner)(leaf, *[None] * dim, (~walk.gone[ids]).nonzero().view(-1))
-    edits, spelled = ([e for e in found if walk.gone[e.ids].any()] for found in (walk.edits, walk.spelled))
-    if edits:
-        smaller.code = _rewritten(nodes[0].graph, edits + spelled, walk.gone)
+    edits = [edit for edit in walk.edits if walk.gone[edit.ids].any()]
+    if plain and not training:
+        smaller.traced = partial(_rewritten, nodes[0].graph, edits + walk.spelled, walk.gone)
+    if edits and smaller.traced is not None:
+        smaller.code = smaller.traced()
         smaller.notes.append(
             f"Sizes that change (heads, or a view) stand in the code of {type(smaller.original).__name__}: what comes "
             "out is a torch.fx.GraphModule of it as it computes in eval."

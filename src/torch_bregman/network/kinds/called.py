@@ -149,7 +149,7 @@ def called(walk: Walk, node: fx.Node, module: Any) -> Wire | None:
     wire = of(layer).follow(walk, _Node(first, (source,), [source], {}), layer)  # type: ignore[arg-type]
     if len(walk.calls) > count:
         walk.calls[-1] = walk.calls[-1]._replace(tensors=tensors)
-        if number is not None and wire is not None:
+        if number not in (None, 1) and wire is not None:
             at: Any = names.index(str(counted))
             each = wire.ids[:: max(len(wire.ids) // number, 1)]
             walk.spelled.append(Edit(node, at if at < len(node.args) else str(counted), None, each, 1))
