@@ -18,7 +18,7 @@ from .averages import LiveGradientAverage
 from .choice import Choice, Timings
 from .compact import CompactNetwork
 from .exchange import Exchange
-from .hooks import hooked, looked_at, silent
+from .hooks import hooked, looked_at, parts, silent
 from .layers import WatchedLayer
 from .live import Live
 from .modules import WatchedModules
@@ -43,6 +43,7 @@ class Contest:
         self.choices: dict[str, Choice] = {}
         self.timings = Timings()
         self.notes: list[str] = []
+        self._parts: list[tuple[dict[Any, Any], tuple[Any, ...]]] = []  # of the model of the compact network
         self._alone: dict[WatchedLayer, Choice] = {}
         self._graph: tuple[Any, Graph | None] = (None, None)
 
@@ -151,12 +152,8 @@ class Contest:
         if network is None or network.compact is None:
             return False
         hooks = any(hooked(live.full) for live in network.compact.lives)
-        return hooks or not network.compact.up_to_date() or self._graph[0][1:] != self._modules()
-
-    def _modules(self) -> tuple[list[str], list[nn.Module]]:
-        """The names of those that have hooks, and all."""
-        model = self.modules.model
-        return looked_at(model), list(model.modules())
+        changed = any(tuple(members.values()) != before for members, before in self._parts)
+        return hooks or changed or not network.compact.up_to_date()
 
     def expected(self) -> None:
         """Make the compact network that a loaded run had."""
@@ -194,13 +191,14 @@ class Contest:
         places = self.exchange.places()
         for live in self._new(compact):
             self.exchange.enter(*places[live.full], live)
+        self._parts = parts(self.modules.model)
         if self.modules.network is not None:
             self.modules.network.compact, self.modules.network.expected = compact, False
 
     def _traced(self, inputs: tuple[Tensor, ...]) -> Graph | None:
         """The graph of the model for inputs of this shape; None where it cannot be followed."""
         model = self.modules.model
-        looked, modules = self._modules()
+        looked, modules = looked_at(model), list(model.modules())
         key = [(x.shape[1:], x.dtype, x.device) for x in inputs], looked, modules
         if not self._everywhere(*(name in looked for name, _ in model.named_modules()), alike=True):
             return None

@@ -6,18 +6,20 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
-from . import restricted
-
 _OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_TENSOR: Any = Tensor
+_BACKWARD, _ACCUMULATED = _TENSOR._backward_hooks.__get__, _TENSOR._post_accumulate_grad_hooks.__get__
 
 
 def hooked(parameter: Tensor) -> bool:
     """Whether somebody else wants to see or change the gradient of this parameter."""
-    return any(_foreign(hook) for name in _OF_PARAMETERS for hook in (restricted.own(parameter, name) or {}).values())
+    with torch._C.DisableTorchFunctionSubclass():  # it is asked in every step
+        first, second = _BACKWARD(parameter), _ACCUMULATED(parameter)
+    return bool(first and any(map(_foreign, first.values()))) or bool(second and any(map(_foreign, second.values())))
 
 
 def looked_at(model: nn.Module) -> list[str]:
@@ -27,6 +29,12 @@ def looked_at(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if module is not model and any(map(_foreign, _hooks(module.__dict__)))
     ]
+
+
+def parts(model: nn.Module) -> list[tuple[dict[Any, Any], tuple[Any, ...]]]:
+    """The children and hooks of all modules: where they are kept, and what is there now."""
+    held = [module.__dict__[name] for module in model.modules() for name in ("_modules", *_OF_MODULES)]
+    return [(members, tuple(members.values())) for members in held]
 
 
 def _hooks(members: dict[str, Any]) -> list[Any]:
@@ -41,7 +49,8 @@ def silent(model: nn.Module) -> Iterator[bool]:
     """
     held: list[Any] = [getattr(every_module, f"_global{name}") for name in _OF_MODULES]
     held += [getattr(module, name) for module in model.modules() for name in _OF_MODULES]
-    held += [restricted.own(p, name) for p in model.parameters() for name in _OF_PARAMETERS]
+    with torch._C.DisableTorchFunctionSubclass():
+        held += [of(p) for p in model.parameters() for of in (_BACKWARD, _ACCUMULATED)]
     changed: list[tuple[MutableMapping[int, Any], dict[int, Any]]] = []
     for hooks in held:
         foreign = {key: hook for key, hook in (hooks or {}).items() if _foreign(hook)}
