@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -301,6 +302,24 @@ def test_a_phase_that_ends_between_two_micro_batches_keeps_the_gradient(form: st
     twin = copy.deepcopy(model)
     backward(twin, 5)
     torch.testing.assert_close(model[2].weight.grad, wanted + twin[2].weight.grad)
+
+
+def test_a_network_tells_its_arguments_as_ever(form: str) -> None:  # noqa: F811
+    """Transformers' Trainer asks for them, to see what of the data the model takes."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Tensor:
+            return self.layers(pixels)
+
+    model = Named()
+    tb.Multilevel(model, OPTIMIZERS["adabreg"](tb.param_groups(model, tb.L1(), lam=0.05)))
+    assert list(inspect.signature(model.forward).parameters) == ["pixels", "labels"]
+    assert list(inspect.signature(model.layers[0].forward).parameters) == ["input"]
+    assert model(labels=None, pixels=batch(0)[0]).shape == (9, 3)
 
 
 def test_a_gradient_of_another_shape_is_refused_as_ever(form: str) -> None:  # noqa: F811

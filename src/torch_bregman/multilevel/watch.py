@@ -33,11 +33,6 @@ class Watch:
 class _Watched:
     """Mixed in before the class of a module. A module that is made of the class, a slice of a Sequential, is plain."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        watch = self.__dict__.get("_watch")
-        y = None if watch is None else watch.forward(*args, **kwargs)
-        return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != "_watch"}
         return object.__new__, (type(self).__mro__[2],), state
@@ -45,4 +40,11 @@ class _Watched:
 
 @functools.cache
 def _watched(base: type[nn.Module]) -> type[nn.Module]:
-    return type(base.__name__, (_Watched, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+    @functools.wraps(base.forward)  # others read its arguments from it
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = self.__dict__.get("_watch")
+        y = None if watch is None else watch.forward(*args, **kwargs)
+        return base.forward(self, *args, **kwargs) if y is None else y
+
+    members = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (_Watched, base), members)
