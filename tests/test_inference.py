@@ -18,6 +18,8 @@ from torch_bregman.inference import InferenceModule, choice, optimize_for_infere
 from torch_bregman.inference.chain import WAYS, Chain
 from torch_bregman.inference.links import Unfit
 from torch_bregman.models import convnet, mlp, resnet18
+from torch_bregman.network import WeightedSum
+from torch_bregman.network.kinds import REGISTRY
 
 needs_numba = pytest.mark.skipif(not kernels.available(), reason="needs numba")
 IMAGE = (1, 28, 28)
@@ -130,6 +132,34 @@ def test_layouts_dtypes_and_gradients_that_a_chain_was_not_built_for(way: str) -
     agree(asks.grad, torch.autograd.functional.jacobian(lambda x: net(x).sum(), x))
     agree(chain(x[None]), net(x[None]))  # another shape
     agree(copy.deepcopy(chain).double()(x.double()), copy.deepcopy(net).double()(x.double()))
+
+
+@needs_numba
+@pairwise({"way": WAYS, "leading": [(), (3,), (2, 5), (4, 0), (0, 7), (2, 3, 40), (1, 1, 1, 1)], "kind": [0, 1, 2]})
+def test_rows_in_any_number_of_dimensions(way: str, leading: tuple[int, ...], kind: int) -> None:
+    net = sparse(nn.Sequential(nn.Linear(40, 30), nn.GELU(), nn.Dropout(0.1), nn.Linear(30, 8)), 0.2)
+    chain = Chain(list(net), (40,), way)
+    x = torch.randn(*leading, 40)
+    if kind == 1:  # lies in another order than it is read
+        x = x.mT.contiguous().mT if x.dim() > 1 else torch.randn(80)[::2]
+    elif kind == 2:
+        x = torch.randn(40).expand(*leading, 40)
+    agree(chain(x), net(x))
+    for other in (torch.randn(3, 40), torch.randn(5, 6, 40), torch.randn(40)):
+        agree(chain(other), net(other))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        chain(torch.randn(2, 3, 41))
+
+
+@needs_numba
+@pytest.mark.parametrize("way", WAYS)
+def test_a_chain_that_flattens_is_not_for_rows(way: str) -> None:
+    net = sparse(nn.Sequential(nn.Linear(40, 30), nn.Flatten(), nn.ReLU(), nn.Linear(30, 8)), 0.2)
+    chain = Chain(list(net), (40,), way)
+    agree(chain(torch.ones(3, 40)), net(torch.ones(3, 40)))
+    agree(chain(torch.ones(3, 1, 40)), net(torch.ones(3, 1, 40)))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        chain(torch.ones(3, 2, 40))
 
 
 @needs_numba
@@ -248,6 +278,104 @@ def test_networks(monkeypatch: pytest.MonkeyPatch, winner: str, batch: int) -> N
         assert (len(chains(fast)) == 1) == (winner == "sparse")
         assert fast.report.batch == batch
         assert not any(p.requires_grad for p in fast.parameters())
+
+
+class Block(nn.Module):
+    """The MLP of a transformer: norm, two layers and GELU, and a sum around them; then a head on some of it."""
+
+    def __init__(self, layer: type[nn.Module] = nn.Linear) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(24)
+        self.up, self.act, self.down = layer(24, 48), nn.GELU(), layer(48, 24)
+        self.merge, self.head = nn.Linear(24, 6), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(self.act(self.up(self.norm(x))))
+        return self.head(self.merge(x[..., :2, :]).flatten(-2))
+
+
+@needs_numba
+@pytest.mark.parametrize("winner", ["sparse", "dense"])
+@pytest.mark.parametrize("leading", [(4, 7), (7,), (2, 3, 7)])
+def test_tokens(monkeypatch: pytest.MonkeyPatch, winner: str, leading: tuple[int, ...]) -> None:
+    favour(monkeypatch, winner)
+    net = sparse(Block(), 0.2)
+    fast = optimize_for_inference(net, (torch.randn(*leading, 24),))
+    for other in (leading, (9, 2), (1, 40), (0, 3), (2, 2, 5), (3,)):
+        x = torch.randn(*other, 24)
+        agree(fast(x), net(x))
+        agree(fast(x.mT.contiguous().mT), net(x))
+    if winner == "sparse":
+        assert [c.chosen for c in fast.report.layers] == ["sparse"] * 4, fast.report
+        assert [len([m for m in c.dense if hasattr(m, "weight")]) for c in chains(fast)] == [2, 1, 1]
+
+
+@needs_numba
+def test_rows_after_flattening_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    favour(monkeypatch, "sparse")
+    net = sparse(nn.Sequential(nn.Flatten(0, 1), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 12)), 0.3)
+    fast = optimize_for_inference(net, (torch.randn(3, 4, 24),))
+    assert [c.chosen for c in fast.report.layers] == ["sparse"] * 2
+    agree(fast(torch.ones(2, 5, 24)), net(torch.ones(2, 5, 24)))
+
+
+@needs_numba
+def test_a_linear_layer_on_the_rows_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes out of a convolution and goes into it are other samples."""
+    favour(monkeypatch, "sparse")
+    net = sparse(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Linear(8, 6), nn.Flatten(),
+                               nn.Linear(3 * 5 * 6, 4)), 0.4)  # fmt: skip
+    fast = optimize_for_inference(net, (torch.randn(3, 2, 5, 8),))
+    assert [c.chosen for c in fast.report.layers] == ["sparse"] * 3
+    assert len(chains(fast)) == 3
+    for batch in (3, 1, 20):
+        x = torch.randn(batch, 2, 5, 8)
+        agree(fast(x), net(x))
+
+
+class Named(nn.Linear):
+    """A Linear by another name."""
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Turned(nn.Module):
+    """Its weight lies as [inputs, outputs], and its kind says so."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+        self.given, self.made = inputs, outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, self.given), self.weight).view(*x.shape[:-1], self.made)
+
+
+class TurnedKind(WeightedSum):
+    rows_are_outputs = False
+    counts = ("made", "given")
+
+
+@needs_numba
+@pytest.mark.parametrize(("layer", "known"), [(Named, True), (Turned, True), (Doubled, False)])
+def test_layers_by_other_names(monkeypatch: pytest.MonkeyPatch, layer: type[nn.Module], known: bool) -> None:
+    monkeypatch.setitem(REGISTRY, Turned, TurnedKind(Turned))
+    favour(monkeypatch, "sparse")
+    net = sparse(Block(layer), 0.2)
+    for module in net.modules():
+        if isinstance(module, Turned):
+            module.weight.data.mul_(torch.rand_like(module.weight) < 0.2)
+    fast = optimize_for_inference(net, (torch.randn(4, 7, 24),))
+    for leading in ((4, 7), (2, 3, 7)):
+        x = torch.randn(*leading, 24)
+        agree(fast(x), net(x))
+    assert [type(m) for m in (net.up, net.down)] == [layer, layer]
+    found = {c.name: c.chosen for c in fast.report.layers}
+    assert found["up"] == found["down"] == ("sparse" if known else "dense")
+    assert ("not called as a Doubled" in str(fast.report)) != known
 
 
 class Branches(nn.Module):

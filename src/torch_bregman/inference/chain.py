@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import threads
-from .links import links_of
+from .links import links_of, of_rows
 from .program import columns, panels
 
 ONE_THREAD_WORK = 1 << 16  # multiplications of a vector that are over before a second thread has woken up
@@ -20,12 +20,13 @@ WAYS = ("columns", "panels of 1", "panels of 2", "panels of 4")
 class Chain(nn.Module):
     """Layers one after the other, on their live weights alone: a snapshot, for inference.
 
-    What it was not built for (another dtype, device or size of image, or an input that asks for a gradient) goes
-    through the same layers in torch.
+    Linear layers take samples in any number of dimensions: [batch, tokens, features], or one vector. What the chain
+    was not built for (another dtype, device or size of image, or an input that asks for a gradient) goes through the
+    same layers in torch.
 
     Args:
         modules: Linear and Conv2d with what is fused to them.
-        shape: of a sample.
+        shape: of a sample: all dimensions but the first, or the last alone where only Linear layers come.
         way: one of `WAYS`: sample by sample, or so many vectors of 16 samples at a time.
         spread: over torch's threads, where there is enough to do.
 
@@ -41,6 +42,7 @@ class Chain(nn.Module):
         self.shape, self.way, self.spread = tuple(shape), way, spread
         links = links_of(modules, self.shape)
         self.result = links[-1].result
+        self.rows = of_rows(modules)
         program = columns(links) if way == "columns" else panels(links, int(way.split()[-1]))
         self._keep = program.keep  # whose addresses the program holds
         self._program, self._samples, self._size = program.address, program.samples, program.size
@@ -51,7 +53,7 @@ class Chain(nn.Module):
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._loop.address)
         self._head = ctypes.c_int64 * kernel.HEAD
         self._spare: list[Tensor] = []  # scratch memory between calls; each call takes its own
-        self._ready = self._make_ready(torch.Size((1, *self.shape)))
+        self._ready = self._make_ready((1, *self.shape))
 
     def __reduce__(self) -> Any:
         return Chain, (list(self.dense), self.shape, self.way, self.spread)
@@ -59,10 +61,11 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         ready = self._ready  # for inputs like the last one: at batch 1 every microsecond here counts
         if x.shape != ready[0] or x.dtype is not torch.float32 or not x.is_cpu or x.requires_grad:
-            if x.shape[1:] != self.shape or x.dtype is not torch.float32 or not x.is_cpu or x.requires_grad:
+            fits = (x.shape[-1:] if self.rows else x.shape[1:]) == self.shape
+            if not fits or x.dtype is not torch.float32 or not x.is_cpu or x.requires_grad:
                 return self.dense(x)
             ready = self._ready = self._make_ready(x.shape)
-        _, result, pieces, alone = ready
+        _, result, samples, pieces, alone = ready
         count = 1 if alone else torch.get_num_threads()
         need = self._size * count
         x, y = x.contiguous(), x.new_empty(result)
@@ -72,7 +75,7 @@ class Chain(nn.Module):
                 room = x.new_zeros(need)
         except IndexError:
             room = x.new_zeros(need)  # zeros, for what lies around padded images is never written
-        head = self._head(0, 0, count, pieces, result[0], x.data_ptr(), y.data_ptr(), room.data_ptr(), self._program)
+        head = self._head(0, 0, count, pieces, samples, x.data_ptr(), y.data_ptr(), room.data_ptr(), self._program)
         if count == 1:
             self._call(head)
         else:
@@ -80,12 +83,14 @@ class Chain(nn.Module):
         self._spare.append(room)
         return y
 
-    def _make_ready(self, shape: torch.Size) -> tuple[Any, ...]:
-        """(shape of the input, of the output, pieces, whether one thread does them all)."""
-        pieces = -(-shape[0] // self._samples)
+    def _make_ready(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """(shape of the input, of the output, samples, pieces, whether one thread does them all)."""
+        lying = shape[:-1] if self.rows else shape[:1]
+        samples = math.prod(lying)
+        pieces = -(-samples // self._samples)
         alone = not self.spread or pieces <= 1 or pieces * self._work < ONE_THREAD_WORK
-        return shape, (shape[0], *self.result), pieces, alone
+        return shape, (*lying, *self.result), samples, pieces, alone
 
     def spreads(self, shape: torch.Size) -> bool:
         """Whether such an input would occupy several threads."""
-        return torch.get_num_threads() > 1 and not self._make_ready(shape)[3]
+        return torch.get_num_threads() > 1 and not self._make_ready(shape)[4]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..compare import close
+from ..layers import weight_layers
 from ..timing import race
 from .chain import WAYS, Chain
-from .links import Unfit
+from .links import Unfit, sample
 from .report import LayerChoice
 from .sites import TOLERANCE, MakeChain, Site
 
@@ -40,7 +41,7 @@ def _fastest_chain(modules: list[nn.Module], x: Tensor) -> Chain:
     wanted, chains = nn.Sequential(*modules)(x.clone()), dict[str, Chain]()
     for way in WAYS:
         try:
-            chain = Chain(modules, tuple(x.shape[1:]), way)
+            chain = Chain(modules, sample(modules[0], x), way)
         except Unfit as error:
             reason = str(error)
             continue
@@ -90,6 +91,19 @@ def choose(site: Site, reason: str, fastest: MakeChain) -> LayerChoice:
             why = f"sparse is {a / b:.1f} times as fast" if faster else f"sparse takes {b / a:.1f} times as long"
             return LayerChoice(*what, a, b, "sparse" if faster else "dense", why)
     return LayerChoice(*what, None, None, "dense", reason)
+
+
+def left_out(model: nn.Module, sites: Iterable[Site]) -> Iterator[LayerChoice]:
+    """The weights of `model` that are those of no site, which stay dense, and why."""
+    found = {site.name for site in sites}
+    for layer in weight_layers(model):
+        name, kind = layer.name.removesuffix(".weight"), type(layer.module).__name__
+        if name not in found:
+            plain = isinstance(layer.module, nn.Linear | nn.Conv2d)
+            why = f"it is not called as a {kind}" if plain else f"there is no sparse product for {kind}"
+            weight = layer.weight
+            density = torch.count_nonzero(weight).item() / max(1, weight.numel())
+            yield LayerChoice(name, tuple(weight.shape), density, None, None, "dense", why)
 
 
 def settled(choice: LayerChoice, sparse: bool) -> LayerChoice:

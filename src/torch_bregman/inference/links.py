@@ -36,6 +36,7 @@ class Link:
     pooled: tuple[int, int, int] = (0, 0, 0)
     bounds: tuple[float, float, float] = (-math.inf, math.inf, 0.0)  # and the slope of a leaky ReLU
     curve: str = "NONE"
+    batched: bool = True  # whether samples lie in the first dimension alone; else in all but the last
     active: bool = False
     nodes: list[str] = field(default_factory=list)
 
@@ -59,7 +60,7 @@ def _begin(name: str, module: nn.Module, shape: tuple[int, ...]) -> Link:
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()
     if isinstance(module, nn.Linear):
         if shape != (module.in_features,):
-            raise Unfit("the input is no matrix")
+            raise Unfit(f"the input ends in {shape}, not in {module.in_features} features")
         out = module.out_features
         return Link(name, [module], weight, bias, shape, (out,), (out, 1, 1), pooled=(out, 1, 1))
     kernel, stride, dilation = _pair(module.kernel_size), _pair(module.stride), _pair(module.dilation)
@@ -78,13 +79,28 @@ def _begin(name: str, module: nn.Module, shape: tuple[int, ...]) -> Link:
     )
 
 
+def sample(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """The shape of a sample where `x` comes into a chain that begins with `module`: of a token before a Linear."""
+    return tuple(x.shape[-1:] if isinstance(module, nn.Linear) else x.shape[1:])
+
+
+def of_rows(modules: Iterable[nn.Module]) -> bool:
+    """Whether a chain treats every row by itself, in however many dimensions the rows lie."""
+    return not any(isinstance(module, nn.Conv2d | nn.Flatten) for module in modules)
+
+
 def follow(link: Link, module: nn.Module) -> None:
     """Let the link do what `module` does to its result; `Unfit` where it cannot."""
     if hooked(module):
         raise Unfit("the module has hooks")
     if isinstance(module, (nn.Dropout, nn.Identity)):
         pass
-    elif type(module) is nn.Flatten and module.start_dim == 1 and module.end_dim in (-1, len(link.result)):
+    elif (
+        type(module) is nn.Flatten
+        and link.batched
+        and module.start_dim == 1
+        and (module.end_dim in (-1, len(link.result)))
+    ):
         link.result = (math.prod(link.result),)
     elif type(module) is nn.MaxPool2d:
         kernel = _pair(module.kernel_size)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..compare import close
+from ..network.copied import copied
 from ..network.wrapped import bare
 from ..shrink import compact
 from . import choice
 from .chain import Chain
 from .links import Unfit
+from .plain import plain
 from .report import InferenceReport
 from .sites import TOLERANCE, Traced, Untraced
 
@@ -68,7 +70,7 @@ def optimize_for_inference(model: nn.Module, example_inputs: tuple[Any, ...]) ->
         )
     model = bare(model)
     with torch.no_grad():
-        dense = copy.deepcopy(model).eval().requires_grad_(False)
+        dense = copied(model).eval().requires_grad_(False)
         try:
             wanted = dense(*example_inputs)
         except Exception as error:
@@ -99,23 +101,23 @@ def _prepare(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any, notes: list
     try:
         traced = plan = Traced(dense, inputs)
         small = _compact(traced.module, inputs, notes)  # with the norms folded a dead unit has no shift of its own
-        removed = small is not traced.module
+        removed = _size(small) != _size(traced.module)
         if removed:
             plan = Traced(small, inputs)
         for found in (traced, plan):
             if not close(found.module(*inputs), wanted, TOLERANCE):
                 raise RuntimeError("the trace computes something else")
-        return _Prepared(plan, traced.folded, removed, _size(small))
+        return _Prepared(plan, traced.folded, removed, _size(plan.module))
     except Exception as error:
         lines = str(error).splitlines() or [""]
         notes.append(f"torch.fx cannot trace the network ({lines[0]}): layers one by one, no BatchNorm folded.")
         small = _compact(dense, inputs, notes)
-        return _Prepared(Untraced(copy.deepcopy(small), inputs), 0, small is not dense, _size(small))
+        return _Prepared(Untraced(copy.deepcopy(small), inputs), 0, _size(small) != _size(dense), _size(small))
 
 
 def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> InferenceModule:
     notes: list[str] = []
-    prepared = _prepare(dense, inputs, wanted, notes)
+    prepared = _prepare(_in_stock_layers(dense, inputs, wanted), inputs, wanted, notes)
     plan = prepared.plan
     networks = _dense_networks(dense, prepared)
     reason, fastest = _reason(inputs), choice.fastest_chains()
@@ -146,11 +148,21 @@ def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> Infere
         notes.append(f"Chains go through {' and '.join(ways)}.")
     chosen = plans.get(best, [False] * len(choices))
     layers = tuple(choice.settled(of, sparse) for of, sparse in zip(choices, chosen, strict=True))
+    layers += tuple(choice.left_out(dense, plan.sites))
     batch = next(len(x) if x.dim() else 1 for x in inputs if isinstance(x, Tensor))
     report = InferenceReport(
         layers, batch, torch.get_num_threads(), seconds["dense"], seconds[best], best, tuple(notes)
     )
     return InferenceModule(networks[best], report)
+
+
+def _in_stock_layers(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> nn.Module:
+    """The network in stock layers; as it is where it asks for its own."""
+    stock = plain(dense)
+    try:
+        return stock if close(stock(*inputs), wanted, TOLERANCE) else dense
+    except Exception:
+        return dense
 
 
 def _dense_networks(dense: nn.Module, prepared: _Prepared) -> dict[str, nn.Module]:

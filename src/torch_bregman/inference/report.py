@@ -9,7 +9,7 @@ from ..text import Shown, Table
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """How one Linear or Conv2d computes, and the seconds that decided; None where it was not measured."""
+    """How one layer with a weight computes, and the seconds that decided; None where it was not measured."""
 
     name: str
     shape: tuple[int, ...]

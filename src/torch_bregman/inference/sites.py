@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from ..compare import close
 from .chain import Chain
 from .functions import as_module
-from .links import Link, Unfit, follow, hooked, links_of
+from .links import Link, Unfit, follow, hooked, links_of, sample
 
 TOLERANCE = 1e-5  # of the largest output
 
@@ -91,14 +91,15 @@ class Traced:
                 continue
             alone = len(source.users) == 1
             if type(module) in (nn.Linear, nn.Conv2d):
-                after = last is not None and alone and source.name == last.nodes[-1]
                 before = flat if flat and flat[-1] is source and alone else []
                 x = values[before[0].all_input_nodes[0].name if before else source.name]
                 try:
-                    links = links_of([*(_module(self.module, n) for n in before), module], tuple(x.shape[1:]))  # type: ignore[list-item]
-                    last = links[0]
-                    last.name, last.nodes = str(node.target), [*(n.name for n in before), node.name]
-                    yield Site(last, last.name, module, x, after)
+                    link = link_of([*(_module(self.module, n) for n in before), module], x)  # type: ignore[list-item]
+                    link.name, link.nodes = str(node.target), [*(n.name for n in before), node.name]
+                    after = last is not None and alone and source.name == last.nodes[-1]
+                    after = after and (last.result, last.batched) == (link.source, link.batched)  # type: ignore[union-attr]
+                    last = link
+                    yield Site(link, link.name, module, x, after)
                 except Unfit as error:
                     last = None
                     yield Site(None, str(node.target), module, None, False, str(error))
@@ -108,7 +109,7 @@ class Traced:
                     last.nodes.append(node.name)
                 except Unfit:
                     last = None
-            elif type(module) is nn.Flatten:
+            elif type(module) is nn.Flatten and module.start_dim == 1 and module.end_dim == -1:
                 flat = [node]
 
     def build(self, chosen: list[bool], make: MakeChain) -> nn.Module:
@@ -161,8 +162,7 @@ class Untraced:
                 if not args or len(args[0]) != 1:
                     raise Unfit("it was not called with one tensor")
                 x = args[0][0].clone()
-                link = links_of([module], tuple(x.shape[1:]))[0]
-                self.sites.append(Site(link, name, module, x))
+                self.sites.append(Site(link_of([module], x), name, module, x))
             except Unfit as error:
                 self.sites.append(Site(None, name, module, None, why=str(error)))
 
@@ -173,6 +173,13 @@ class Untraced:
             if sparse and site.link is not None and site.x is not None:
                 model.set_submodule(site.name, make(site.link.modules, site.x))
         return model
+
+
+def link_of(modules: list[nn.Module], x: Tensor) -> Link:
+    """The link of a layer, and of a Flatten in front of it, where `x` comes in; `Unfit` where there is none."""
+    link = links_of(modules, sample(modules[0], x))[0]
+    link.batched = x.dim() == 2 or not isinstance(modules[0], nn.Linear)
+    return link
 
 
 _FUSE: dict[tuple[type, type], Callable[[Any, Any], nn.Module]] = {
