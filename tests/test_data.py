@@ -602,6 +602,65 @@ def test_npz_splits(tmp_path: Path):
         load(str(tmp_path / "b.npz"), validation=0.2)
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("x_train", "y_train", "x_valid", "y_valid", "x_test", "y_test"),
+        ("X_train", "Y_train", "X_dev", "Y_dev", "X_Test", "Y_Test"),
+        ("train_images", "train_labels", "validation_images", "validation_labels", "test_images", "test_labels"),
+        ("data", "target", "val.data", "val.target", "Test-data", "Test-target"),
+    ],
+)
+def test_near_names_are_read_where_they_are_certain(tmp_path: Path, kinds: tuple[str, ...]):
+    parts = [X, Y, X[:3], Y[:3, None], X[:9], Y[:9]]  # labels in a column, as MedMNIST has them
+    np.savez(tmp_path / "a.npz", **dict(zip(kinds, parts, strict=True)), ids=Y, x_mean=X[0], names=np.array(["a"]))
+    data = load(str(tmp_path / "a.npz"))
+    assert [len(data.train), len(data.validation), len(data.test)] == [40, 3, 9]
+    assert data.note == "not read from a: ids, x_mean, names"
+
+
+@pytest.mark.parametrize(
+    ("given", "first"),
+    [((8, 8, 13), (13, 8, 8)), ((13, 8, 8), (13, 8, 8)), ((5, 9, 8), (5, 9, 8)), ((2, 9, 8), (2, 9, 8))],
+)
+def test_many_channels_are_told_by_the_sides(tmp_path: Path, given: tuple[int, ...], first: tuple[int, ...]):
+    x = RANDOM.rand(40, *given)
+    np.savez(tmp_path / "a.npz", x=x, y=Y)
+    data = load(str(tmp_path / "a.npz"))
+    assert data.shape == first
+    assert not data.note
+    np.savez(tmp_path / "b.npz", x=x, y=Y, channels="last")
+    assert load(str(tmp_path / "b.npz")).shape == (given[2], *given[:2])
+
+
+def test_what_no_rule_tells_is_said(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", x=RANDOM.rand(40, 16, 5, 7), y=Y)
+    data = load(str(tmp_path / "a.npz"))
+    assert data.shape == (16, 5, 7)
+    assert "16 × 5 × 7 is taken as 16 channels" in data.note
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "unit"), [("int64", 255, 255), ("int32", 9, 255), ("uint16", 65535, 65535), ("bool", 1, 1)]
+)
+def test_pixels_of_any_type_of_number(tmp_path: Path, dtype: str, largest: int, unit: int):
+    x = RANDOM.randint(0, largest + 1, (40, 5, 7)).astype(dtype)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=Y, x_test=x // 2 if dtype != "bool" else x, y_test=Y)
+    data = load(str(tmp_path / "a.npz"))
+    assert data.mean[0] == pytest.approx(x[: len(x)].mean() / unit, rel=0.1)
+    test = data.raw(data.test.x)
+    assert torch.allclose(test[:, 0].double(), torch.tensor((x // 2 if dtype != "bool" else x) / unit), atol=1e-5)
+
+
+def test_tables_of_whole_numbers(tmp_path: Path):
+    x = RANDOM.randint(-500, 500, (40, 6))
+    np.savez(tmp_path / "whole.npz", x=x, y=Y % 2 == 0)
+    np.savez(tmp_path / "float.npz", x=x.astype(float), y=Y % 2 == 0)
+    whole, floating = (load(str(tmp_path / f"{name}.npz")) for name in ("whole", "float"))
+    assert torch.equal(whole.train.x, floating.train.x)
+    assert whole.classes == ("0", "1")
+
+
 def test_npz_labels_become_positions(tmp_path: Path):
     np.savez(
         tmp_path / "a.npz", x_train=X, y_train=np.array([7, 20, 100, 300])[Y], x_test=X[:4], y_test=[300, 7, 100, 20]
@@ -659,7 +718,15 @@ NAN[17, 3] = np.nan
         ({"x": X, "y": Y - 1}, ["label -1"]),
         ({"x": X, "y": Y * 0}, ["only the label 0", "two classes"]),
         ({"x": X.astype(complex), "y": Y}, ["x has complex128"]),
-        ({"x": X.astype(int), "y": Y}, ["x has int64 [40, 6]", "expected uint8 or float"]),
+        ({"x": X, "y": Y.astype(float)}, ["y has float64", "y.astype(int)"]),
+        ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y + 1}, ["y_test holds the label 4", "y_train, 0 to 3"]),
+        ({"x_train": X, "y_train": Y, "x_test": X > 0, "y_test": Y}, ["x_test has bool", "float64"]),
+        ({"x_train": X, "y_train": Y, "X_train": X}, ["holds x_train and X_train", "one of them"]),
+        ({"x_train": X, "y_train": Y, "x_tset": X, "y_tset": Y}, ["holds x_tset, y_tset (x_test?)"]),
+        ({"x_train": X, "y_train": Y, "x_eval": X}, ["holds x_eval (x_val?) beside x_train"]),
+        ({"Xtrain": X, "Ytrain": Y}, ["Xtrain for x_train?"]),
+        ({"x": np.zeros((40, 9, 8, 6)), "y": Y}, ["[40, 9, 8, 6]", "either 9 or 6", "channels='last'"]),
+        ({"x": np.zeros((40, 9, 8, 6)), "y": Y, "channels": "lats"}, ["`channels` is lats", "'first' or 'last'"]),
         ({"x": X[:, 0], "y": Y}, ["x has float64 [40]", "[N, F]"]),
         ({"x": X[:0], "y": Y[:0]}, ["[0, 6]", "not empty"]),
         ({"x": X.reshape(40, 1, 1, 1, 6), "y": Y}, ["[40, 1, 1, 1, 6]"]),
