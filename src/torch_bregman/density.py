@@ -95,13 +95,13 @@ class SparsityReport(Shown):
 
     @property
     def neurons(self) -> tuple[int, int]:
-        """(alive, all) rows of the Linear weights."""
-        return self._total([layer.outputs for layer in self.layers if len(layer.shape) == 2])
+        """(alive, all) outputs of the Linear weights, and of others without a kernel."""
+        return self._total([layer.outputs for layer in self.layers if layer.kernels is None])
 
     @property
     def filters(self) -> tuple[int, int]:
         """(alive, all) output filters of the Conv weights."""
-        return self._total([layer.outputs for layer in self.layers if len(layer.shape) > 2])
+        return self._total([layer.outputs for layer in self.layers if layer.kernels is not None])
 
     @property
     def kernels(self) -> tuple[int, int]:
@@ -182,7 +182,7 @@ def sparsity_report(model: nn.Module, *, rank: bool = False, weights: Names | No
                 weights=(entries, weight.numel()),
                 outputs=(outputs, groups * out),
                 inputs=(inputs, groups * into),
-                kernels=(alive, kernel.numel()) if weight.dim() > 2 else None,
+                kernels=(alive, kernel.numel()) if weight.dim() > 2 and not layers[i].stacked else None,
                 rank=(NuclearNorm().rank(whole(weight, Tensor.float)), min(weight.flatten(1).shape)) if rank else None,
             )
         )
