@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +11,18 @@ from torch import Tensor, nn
 
 from .choices import choose
 from .density import check_density
-from .distributed import Spread, count_nonzero, is_sharded, local, sum_over_parts
+from .distributed import count_nonzero, local
 from .layers import weight_layers
 from .optim import RegularizedOptimizer
-from .optim.base import primal
 from .optim.options import check_number
 from .optim.select import near_kth
-from .regularizers import turning_point
+from .optim.unwrapped import unwrapped
+from .thresholds import between, factor_by_trial, threshold, threshold_for, threshold_over_ranks
+from .warned import warn
 
+__all__ = ["Scope", "TargetDensity", "threshold_for", "threshold_over_ranks"]
+
+PLACE = "density_place"  # of a parameter group in the optimizer's state: where a controller stands in its schedule
 WARM_UP = 200  # steps in which λ is looked for where none was given
 SETTLE_EVERY = 10  # steps between exact corrections at the end of a run
 
@@ -31,6 +34,7 @@ class Scope:
     target: float
     groups: list[int]
     weights: list[Tensor]
+    also: list[int]  # groups without a weight that counts, whose λ is that of the first group
     gain: float
     side: int = 0  # of the last gap: 1 too dense, −1 too sparse
     start: float = 0.0
@@ -69,30 +73,38 @@ class Scope:
             return self.scale(optimizer, (1 + self.gain * target * abs(ratio - 1)) ** side)
         factor = (1 + self.gain * abs(ratio - 1)) ** side
         exact = self.exact_factor(optimizer, target)
+        if exact is None:
+            return None
         return self.scale(optimizer, min(factor, exact) if side > 0 else max(factor, exact))
 
     def land(self, optimizer: RegularizedOptimizer, target: float) -> None:
         """Move λ to where the density is `target`, and let the weights follow at once."""
         if not optimizer.has_dual:
             return self.prune(optimizer, target)
-        self.scale(optimizer, self.exact_factor(optimizer, target))
-        return optimizer.refresh(self.groups)
+        factor = self.exact_factor(optimizer, target)
+        if factor is None:
+            return None
+        self.scale(optimizer, factor)
+        return optimizer.refresh([*self.groups, *self.also])
 
     def scale(self, optimizer: RegularizedOptimizer, factor: float) -> None:
+        groups = optimizer.param_groups
         for i in self.groups:
-            group = optimizer.param_groups[i]
             # Where no λ was given yet all groups start from one and the same.
-            group["lam"] = (group["lam"] if _any_positive(group["lam"]) else 1.0) * factor
+            groups[i]["lam"] = (groups[i]["lam"] if _any_positive(groups[i]["lam"]) else 1.0) * factor
+        for i in self.also:
+            groups[i]["lam"] = _mean(groups[self.groups[0]]["lam"])
 
-    def exact_factor(self, optimizer: RegularizedOptimizer, target: float) -> float:
-        """The factor on λ that leaves the target; groups keep the ratios of their λ."""
+    def exact_factor(self, optimizer: RegularizedOptimizer, target: float) -> float | None:
+        """The factor on λ that leaves the target; groups keep the ratios of their λ. None where nothing was learnt."""
         counted, duals = {id(p) for p in self.weights}, {}
         for i in self.groups:
-            params = [p for p in optimizer.param_groups[i]["params"] if id(p) in counted]
-            duals[i] = {p: optimizer.state[p]["dual"] for p in params if "dual" in optimizer.state[p]}
+            # What is frozen keeps its weights, whatever λ is.
+            params = [p for p in optimizer.param_groups[i]["params"] if id(p) in counted and p.requires_grad]
+            duals[i] = {p: optimizer.state[p]["dual"] for p in params if "dual" in optimizer.state.get(p, {})}
         moved = {id(p) for some in duals.values() for p in some}
         if not moved:
-            return 1.0
+            return None
         fixed = sum(count_nonzero([p for p in self.weights if id(p) not in moved]))
         kept = round(target * self.size) - fixed
         near = near_kth(optimizer, {i: list(some.values()) for i, some in duals.items()}, kept)
@@ -114,26 +126,50 @@ class Scope:
                 if reg.closed_form:
                     thresholds.append((reg.thresholds(v) / unit).flatten())
         if len(thresholds) < len(params):
-            return _factor_by_trial(held, params, kept)
-        return _threshold(thresholds, params, kept)
+            return factor_by_trial(held, params, kept)
+        return threshold(thresholds, params, kept)
 
     def prune(self, optimizer: RegularizedOptimizer, target: float) -> None:
         """Without a dual: zero the smallest weights, if there are too many."""
-        values, params, parts = [], [], []
+        values: list[Tensor] = []
+        params: list[Tensor] = []
+        parts: list[Tensor] = []
         for i in self.groups:
             for p in optimizer.param_groups[i]["params"]:
-                if any(p is weight for weight in self.weights):
+                if p.requires_grad and any(p is weight for weight in self.weights):
                     part, reg = optimizer.local(p, optimizer.regularizers[i])
                     assert reg is not None
                     params.append(p)
                     parts.append(part)
                     weight = part.detach().float()
                     values.append((reg.thresholds(weight) if reg.closed_form else weight.abs()).flatten())
+        if not params:
+            return
         fixed = sum(count_nonzero(self.weights)) - sum(count_nonzero(params))
-        smallest = _threshold(values, params, round(target * self.size) - fixed)
+        smallest = threshold(values, params, round(target * self.size) - fixed)
         with torch.no_grad():
             for part, value in zip(parts, values, strict=True):
                 part.masked_fill_(value.view_as(part) <= smallest, 0.0)
+
+    def missed(self, optimizer: RegularizedOptimizer) -> str:
+        """Why fewer or more weights than asked for are alive after landing; empty where they are not, or by a group."""
+        wanted, alive = self.target * self.size, sum(count_nonzero(self.weights))
+        if not optimizer.has_dual or abs(alive - wanted) <= max(0.01 * wanted, 1):
+            return ""
+        states = [optimizer.state.get(p, {}) for p in self.weights]
+        if alive > wanted:
+            fixed = [p for p in self.weights if not p.requires_grad]
+            still = sum(count_nonzero(fixed))
+            return f"{still:,} weights are alive in layers that are frozen" if still > wanted else ""
+        never = [p.numel() for p, state in zip(self.weights, states, strict=True) if "dual" not in state]
+        duals = [state["dual"] for state in states if "dual" in state]
+        unmoved = sum(never) + sum(dual.numel() for dual in duals) - sum(count_nonzero(duals))
+        if self.size - unmoved >= wanted:
+            return ""
+        return (
+            f"{unmoved:,} of {self.size:,} weights never had a gradient (inputs that are always zero, or units behind "
+            "which nothing is alive)"
+        )
 
 
 class TargetDensity:
@@ -146,8 +182,11 @@ class TargetDensity:
         optimizer.step()
         control.step()
 
-    The density d counts the Linear and Conv weights, as `tb.density(model)` does. v is never changed: λ decides which
-    of its entries are alive, and what is below the threshold keeps its memory.
+    The density d counts the weights that `tb.density(model)` counts. v is never changed: λ decides which of its entries
+    are alive, and what is below the threshold keeps its memory. Steps are those that the optimizer took: where it took
+    none (a `GradScaler` skipped it, gradients are accumulated) nothing changes. What is frozen (`requires_grad=False`)
+    stays as it is and counts. Groups that are added later are taken in. The place in the schedule is saved and loaded
+    with the optimizer's state, so that a controller that is made anew goes on.
 
     "exact": after every step λ is the threshold that leaves K = density·n weights, the (K+1)-th largest |v| for ℓ1.
 
@@ -165,13 +204,14 @@ class TargetDensity:
     Where no λ was given (all zero) it is found: in the first steps λ is exact, whatever the scale of the gradients.
 
     Args:
-        optimizer: LinBreg, AdaBreg, or ProxSGD ("feedback" only, and from a λ that you give; the last step prunes).
+        optimizer: LinBreg, AdaBreg, or ProxSGD ("feedback" only, and from a λ that you give; the last step prunes),
+            also as accelerate, Transformers and Lightning wrap it. An earlier controller of the same groups ends.
         density: d* in (0, 1), of all weights together; or one entry per parameter group, None where a group is left
             alone: then every group reaches its own.
         mode: "feedback" or "exact".
         total_steps: steps of the whole run, if known. From there on every step lands exactly.
-        model: count the weights of this model. By default those of groups made by `tb.param_groups`, else all
-            parameters with two dimensions or more.
+        model: count the weights of this model. By default those of groups made by `tb.param_groups`, else those that
+            `tb.sparse_init_` or `tb.prune_` knew as weights, else all parameters with two dimensions or more.
         every: steps between changes of λ; by default 50, less in a run of under 5,000 steps, and 1 in exact mode.
         gain: a.
         damping: see above.
@@ -202,6 +242,7 @@ class TargetDensity:
         ramp: int = 0,
         settle: float = 0.2,
     ) -> None:
+        optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, RegularizedOptimizer):
             kind = type(optimizer).__name__
             split = ", which leaves each rank a share of v: use fully_shard, or a fixed `lam`"
@@ -219,30 +260,60 @@ class TargetDensity:
         # Short runs need λ moved more often: at least a hundred times.
         self.every = every or (min(50, max(1, (total_steps or 5000) // 100)) if mode == "feedback" else 1)
         self.damping, self.ramp, self.settle = damping, ramp, settle
-        self.steps, self._due = 0, False
+        self.steps, self._before, self._due = 0, 0, False
+        self._skipped = 0  # calls of `step` for which the optimizer had taken none
+        self._seen = max(0, optimizer.steps_taken - 1)  # the first call may be for a step that was taken before
+        self._said = False
         self.counted = False  # see `optim.protocols.Control`
-        optimizer.controls.append(self)
-        self._scopes = [self._make(*scope, gain=gain) for scope in self._split(density, model)]
+        self._density, self._model, self._gain = density, model, gain
+        self._scopes = self._make_scopes()
         for scope in self._scopes:
-            scope.start = scope.density(optimizer)
-            scope.searching = not any(_any_positive(optimizer.param_groups[i]["lam"]) for i in scope.groups)
             scope.check(optimizer)
         if not optimizer.has_dual and (mode == "exact" or any(scope.searching for scope in self._scopes)):
             raise ValueError(
                 f"{type(optimizer).__name__} has no dual: it needs mode='feedback' and a `lam` to start from."
             )
+        for other in [other for other in optimizer.controls if set(other.moves) & set(self.moves)]:
+            optimizer.controls.remove(other)
+        optimizer.controls.append(self)
+        self.take_place()
+
+    def _make_scopes(self) -> list[Scope]:
+        scopes = [self._make(*scope, gain=self._gain) for scope in self._split(self._density, self._model)]
+        for scope in scopes:
+            scope.start = scope.density(self.optimizer)
+            scope.searching = not any(_any_positive(self.optimizer.param_groups[i]["lam"]) for i in scope.groups)
+        self._held = [len(group["params"]) for group in self.optimizer.param_groups]
+        return scopes
+
+    def _take_in(self) -> None:
+        """Groups were added: those with a λ of zero take that of the others, and all is counted anew."""
+        groups, regularizers = self.optimizer.param_groups, self.optimizer.regularizers
+        for i in range(len(self._held), len(groups)):
+            if regularizers[i] is not None and not _any_positive(groups[i]["lam"]):
+                groups[i]["lam"] = _mean(groups[self._scopes[0].groups[0]]["lam"])
+        if isinstance(self._density, Sequence):
+            self._density = [*self._density, *[None] * (len(groups) - len(self._held))]
+        before = self._scopes
+        self._scopes = self._make_scopes()
+        for scope, was in zip(self._scopes, before, strict=True):
+            scope.start, scope.searching, scope.gain, scope.side = was.start, was.searching, was.gain, was.side
 
     def _split(
         self, density: float | Sequence[float | None], model: nn.Module | None
-    ) -> Iterable[tuple[float, list[int], list[Tensor]]]:
-        """(density, groups whose λ is moved, weights that count) of each target."""
+    ) -> Iterable[tuple[float, list[int], list[Tensor], list[int]]]:
+        """(density, groups whose λ is moved, weights that count, groups whose λ follows) of each target."""
         groups, regularizers = self.optimizer.param_groups, self.optimizer.regularizers
         if model is not None:
             counted = {id(layer.weight) for layer in weight_layers(model)}
         elif any("counted" in group for group in groups):
             counted = {id(p) for group in groups if group.get("counted", False) for p in group["params"]}
         else:
-            counted = {id(p) for group in groups for p in group["params"] if p.dim() > 1}
+            every = [p for group in groups for p in group["params"] if p.dim() > 1]
+            known = [p for p in every if hasattr(p, "_counted")]
+            counted = {id(p) for p in known or every}
+            if len(known) < len(every) and known:
+                self._warn_outside(counted)
         weights = [[p for p in group["params"] if id(p) in counted] for group in groups]
         moved = [i for i, reg in enumerate(regularizers) if reg is not None and weights[i]]
         positive = [i for i in moved if _any_positive(groups[i]["lam"])]
@@ -256,59 +327,101 @@ class TargetDensity:
                     check_density(wanted, name=f"density[{i}]")
                     if i not in moved:
                         raise ValueError(f"Invalid `density[{i}]`: {wanted!r}; that group has no regularised weights.")
-                    yield wanted, [i], weights[i]
+                    yield wanted, [i], weights[i], []
             return
         check_density(density)
         if not moved:
             raise ValueError("`optimizer` regularises no weights, so there is no λ to move; see tb.param_groups.")
         # A group with λ = 0 beside others with λ > 0 was left unregularised on purpose.
-        yield density, positive or moved, [p for some in weights for p in some]
+        also = [] if positive else [i for i, reg in enumerate(regularizers) if reg is not None and i not in moved]
+        yield density, positive or moved, [p for some in weights for p in some], also
+
+    def _warn_outside(self, counted: set[int]) -> None:
+        """Say which penalised matrices the density does not count, where the groups were not made to fit it."""
+        groups, regularizers = self.optimizer.param_groups, self.optimizer.regularizers
+        penalised = [p for g, reg in zip(groups, regularizers, strict=True) if reg is not None for p in g["params"]]
+        outside = [p.numel() for p in penalised if p.dim() > 1 and id(p) not in counted]
+        if outside:
+            warn(
+                f"`optimizer` penalises {len(outside)} matrices ({sum(outside):,} entries) that tb.density does not "
+                "count, such as embeddings; make its groups by tb.param_groups(model, …) to leave them alone."
+            )
 
     # ------------------------------------------------------------------ what a loop calls
 
     def step(self) -> None:
-        """Count a step, and move λ if it is time to. Call it after every `optimizer.step()`."""
-        self.steps += 1
+        """Count the steps that the optimizer took, and move λ if it is time to. Call it after `optimizer.step()`.
+
+        Raises RuntimeError where a controller that was made later moves the λ of this one's groups.
+        """
+        if self not in self.optimizer.controls:
+            raise RuntimeError(
+                "Another TargetDensity was made for this optimizer, so this one moves λ no more: use that."
+            )
+        if [len(group["params"]) for group in self.optimizer.param_groups] != self._held:
+            self._take_in()
+        taken, self._seen = self.optimizer.steps_taken - self._seen, self.optimizer.steps_taken
+        self._skipped += not taken
+        self._before, self.steps = self.steps, self.steps + taken
         levels = self.optimizer.levels
         if levels is None:
-            self._act(now=self._due)
+            self._act(now=self._due, learnt=taken > 0)
             return
-        if levels.restricted and (self.total_steps is None or self.steps < self.total_steps):
+        if levels.restricted and not self.ended:
             # λ decides about all weights, and here only the live ones are at hand: it waits for the end of the phase.
-            self._due = True
+            self._due |= taken > 0
         else:
             if levels.restricted:
                 levels.leave()
-            self._act(now=self._due)
+            self._act(now=self._due, learnt=taken > 0)
         self.counted = True
         levels.control_counted()
+
+    def _every(self, count: int) -> bool:
+        """Whether the steps since the last call complete another `count`."""
+        return self.steps // count > self._before // count
+
+    @property
+    def ended(self) -> bool:
+        """Whether `total_steps` are through. A few steps that a scaler skipped count, for the loop counts them too."""
+        if self.total_steps is None:
+            return False
+        return self.steps + (self._skipped if 2 * self._skipped < self.steps else 0) >= self.total_steps
 
     def catch_up(self) -> None:
         """Move λ if it should have been moved while only a part of the weights was there (see `Multilevel`)."""
         if self._due:
-            self._act(now=True)
+            self._act(now=True, learnt=True)
 
-    def _act(self, *, now: bool) -> None:
+    def _act(self, *, now: bool, learnt: bool) -> None:
+        if not learnt and not self.ended:
+            return
         self._due = False
         for scope in self._scopes:
             self._step(scope, now=now)
+        if self.ended and not self._said:
+            self._said = True
+            self._warn_missed()
+
+    def _warn_missed(self) -> None:
+        for scope in self._scopes:
+            if why := scope.missed(self.optimizer):
+                warn(f"`density` is {scope.target:g}, and {scope.density(self.optimizer):.3%} are alive: {why}.")
 
     def _step(self, scope: Scope, *, now: bool) -> None:
         target = scope.target
         if self.steps < self.ramp:
             target += (scope.start - target) * (1 - self.steps / self.ramp) ** 3
         total = self.total_steps
-        if (total is not None and self.steps >= total) or (
-            scope.searching and self.steps <= (WARM_UP if total is None else min(WARM_UP, total // 10))
-        ):
+        if self.ended or (scope.searching and self.steps <= (WARM_UP if total is None else min(WARM_UP, total // 10))):
             scope.land(self.optimizer, target)
         elif self.mode == "exact":
-            if now or self.steps % self.every == 0:
+            if now or self._every(self.every):
                 scope.land(self.optimizer, target)
         elif total is not None and self.steps > (1 - self.settle) * total and self.optimizer.has_dual:
-            if now or self.steps % SETTLE_EVERY == 0:
+            if now or self._every(SETTLE_EVERY):
                 scope.land(self.optimizer, target)
-        elif now or self.steps % self.every == 0:
+        elif now or self._every(self.every):
             scope.follow(self.optimizer, target, self.damping)
 
     def land(self) -> None:
@@ -323,10 +436,52 @@ class TargetDensity:
         """The share of non-zero weights now; of the first group that has a target where each has its own."""
         return self._scopes[0].density(self.optimizer)
 
+    @property
+    def lam(self) -> float:
+        """λ now, of the first group that is moved; the mean where it is a tensor."""
+        return float(_mean(self.optimizer.param_groups[self._scopes[0].groups[0]]["lam"]))
+
+    @property
+    def moves(self) -> list[int]:
+        """The numbers of the parameter groups whose λ it moves."""
+        return [i for scope in self._scopes for i in (*scope.groups, *scope.also)]
+
+    def to_dict(self) -> dict[str, float]:
+        """Numbers for a logger: density, target, lam, steps."""
+        return {"density": self.density, "target": self._scopes[0].target, "lam": self.lam, "steps": self.steps}
+
+    def __repr__(self) -> str:
+        of = "" if self.total_steps is None else f" of {self.total_steps:,}"
+        targets = ", ".join(f"{100 * scope.target:.4g} %" for scope in self._scopes)
+        every = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"] if p.dim() > 1)
+        size = sum(scope.size for scope in self._scopes)
+        alive = f"{100 * self.density:.4g} % alive, λ = {self.lam:.3g}, step {self.steps:,}{of}"
+        return f"TargetDensity({targets} asked, {alive}; {size:,} of {every:,} matrix entries are counted)"
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values; λ itself is in the optimizer's state."""
         scopes = [[s.start, s.searching, s.gain, s.side] for s in self._scopes]
         return {"steps": self.steps, "due": self._due, "scopes": scopes}
+
+    def leave_place(self, groups: list[dict[str, Any]]) -> None:
+        """Write the place in the schedule into the groups of the optimizer's `state_dict()`."""
+        for scope in self._scopes:
+            values = [scope.target, self.steps, self._due, scope.start, scope.searching, scope.gain, scope.side]
+            for i in scope.groups:
+                groups[i][PLACE] = values
+
+    def take_place(self) -> None:
+        """Go on where a loaded state of the optimizer was saved, if this has not begun and asks for the same."""
+        found = [self.optimizer.param_groups[scope.groups[0]].get(PLACE) for scope in self._scopes]
+        for group in self.optimizer.param_groups:
+            group.pop(PLACE, None)
+        places = [place for place in found if place is not None]
+        if self.steps or len(places) < len(found):
+            return
+        steps, due = places[0][1:3]
+        others = [place[0] for place in places] != [scope.target for scope in self._scopes]
+        if not others and (self.total_steps is None or steps < self.total_steps):  # else it was another schedule
+            self.load_state_dict({"steps": steps, "due": due, "scopes": [place[3:] for place in places]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict()` was taken. Raises ValueError where the targets are not as many."""
@@ -335,85 +490,14 @@ class TargetDensity:
                 f"`state_dict` has {len(state_dict['scopes'])} targets; this controller has {len(self._scopes)}."
             )
         self.steps, self._due = state_dict["steps"], state_dict.get("due", False)
+        self._seen = self.optimizer.steps_taken
         for scope, values in zip(self._scopes, state_dict["scopes"], strict=True):
             scope.start, scope.searching, scope.gain, scope.side = values
 
 
-def between(values: Tensor, kept: int, beyond: int = 0) -> float | None:
-    """A λ half-way between the `kept`-th and the next largest of `values`, below `beyond` others.
-
-    Equal values are all in or all out, whichever is nearer, but never is nothing in. None where their neighbour, which
-    bounds λ then, is not among the values.
-    """
-    # topk: kthvalue takes 100 times as long on CUDA.
-    top = torch.topk(values, kept + 1, sorted=False).values
-    below, above = (top.topk(2, largest=False).values if kept else top.expand(2)).tolist()
-    if above == below and kept:
-        larger, equal = torch.stack([(values > below).sum(), (values == below).sum()]).tolist()
-        inside = kept - larger > equal / 2 or larger + beyond == 0
-        rest = values[values < above] if inside else values[values > below]
-        if not rest.numel():
-            return None
-        below, above = (float(rest.max()), above) if inside else (below, float(rest.min()))
-    return half_way(below, above, values.dtype)
-
-
-def half_way(below: float, above: float, dtype: torch.dtype) -> float:
-    """Half-way as far as the floats allow it, for a group's norm is computed twice and may round differently."""
-    middle = float(torch.tensor(below, dtype=dtype) + (above - below) / 2)
-    return middle if below <= middle < above else below
-
-
-def threshold_for(values: Tensor, kept: int) -> float:
-    """A λ with `values` > λ for `kept` of them, or for as near a number as equal values allow."""
-    kept = min(max(kept, 0), values.numel() - 1)
-    # λ = 1 is what the values were measured in, so the answer is near 1 and few values need to be sorted.
-    near = values[values > 0.9]
-    lam = between(near, kept) if near.numel() > kept else None
-    if lam is None:
-        lam = between(values, kept)
-    if lam is None:  # all are kept
-        lam = float(values.min()) / 2
-    return lam if lam > 0 else float(torch.finfo(values.dtype).tiny)
-
-
-def threshold_over_ranks(values: Spread, kept: int) -> float:
-    """What `threshold_for` finds, where every rank holds some of the values."""
-    kept = min(max(kept, 0), values.size - 1)
-    above, larger, equal = values.kth_largest(max(kept, 1))
-    if kept == 0:
-        lam = above
-    elif larger + equal > kept and larger > 0 and kept - larger <= equal / 2:  # the equal ones are out
-        lam = half_way(above, values.smallest_above(above), values.dtype)
-    else:
-        below = values.largest_below(above)
-        lam = above / 2 if below == -math.inf else half_way(below, above, values.dtype)
-    return lam if lam > 0 else float(torch.finfo(values.dtype).tiny)
-
-
-def _factor_by_trial(duals: list[tuple[Any, ...]], tensors: list[Tensor], kept: int) -> float:
-    """The factor on λ that leaves `kept` weights, or as near a number as can be, where no threshold is known.
-
-    `duals`: v, J, λ and δ of each part of one of the `tensors`.
-    """
-
-    def alive(factor: float) -> int:
-        counts = [torch.count_nonzero(primal(v, reg, factor * lam, delta)) for v, reg, lam, delta in duals]
-        return int(sum_over_parts(torch.stack(counts), tensors).sum())
-
-    low, high = turning_point(lambda factor: alive(factor) > kept)
-    if high == 0:  # all are kept
-        return float(torch.finfo(torch.float32).tiny)
-    below, above = alive(high), alive(low)
-    return low if below == 0 or above - kept < kept - below else high
-
-
-def _threshold(parts: list[Tensor], tensors: list[Tensor], kept: int) -> float:
-    """The λ for `kept` of the values in `parts`, which belong to the entries of the `tensors`."""
-    if any(map(is_sharded, tensors)):
-        return threshold_over_ranks(Spread(parts, tensors), kept)
-    return threshold_for(torch.cat(parts), kept)
-
-
 def _any_positive(lam: float | Tensor) -> bool:
     return bool((lam > 0).any()) if isinstance(lam, Tensor) else lam > 0
+
+
+def _mean(lam: float | Tensor) -> float:
+    return float(lam.mean()) if isinstance(lam, Tensor) else lam

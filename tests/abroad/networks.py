@@ -22,8 +22,17 @@ def build(name: str, seed: int = 0) -> nn.Module:
         )
     if name == "gpt2":
         return hf.GPT2LMHeadModel(
-            hf.GPT2Config(
-                vocab_size=TOKENS, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+            hf.GPT2Config(  # without dropout, so that a loop of one's own sees the same
+                vocab_size=TOKENS,
+                n_positions=16,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                bos_token_id=0,
+                eos_token_id=0,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
             )
         )
     if name == "llama":

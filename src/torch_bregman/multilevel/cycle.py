@@ -13,6 +13,7 @@ from .. import kernels
 from ..distributed import is_sharded
 from ..optim import AdaBreg, BregmanOptimizer
 from ..optim.options import check_number
+from ..optim.unwrapped import unwrapped
 from ..warned import warn
 from .averages import LiveGradientAverage
 from .contest import Contest
@@ -89,6 +90,7 @@ class Multilevel:
         *,
         margin: float | None = None,
     ) -> None:
+        optimizer = unwrapped(optimizer)
         _check(model, optimizer, coarse_steps, fine_steps, boost, margin)
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.optimizer = optimizer

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +10,7 @@ from torch import Tensor
 
 from ..distributed import Shards, is_sharded
 from ..regularizers import Regularizer
+from ..warned import warn
 from .held import local_state, store
 from .onepass.plan import Plan
 from .onepass.prox import intervals, same
@@ -201,11 +198,12 @@ class BregmanOptimizer(RegularizedOptimizer):
     def refresh(self, groups: Iterable[int] | None = None) -> None:
         """θ ← prox_{δJ}(δv) now, with λ and δ as they stand, instead of at the next step.
 
-        `groups`: numbers of the parameter groups, by default all. Parameters without state are left alone.
+        `groups`: numbers of the parameter groups, by default all. Parameters without state, and what is frozen
+        (`requires_grad=False`), are left alone.
         """
         for i in range(len(self.param_groups)) if groups is None else groups:
             group, reg = self.param_groups[i], self.regularizers[i]
-            params = [p for p in group["params"] if "dual" in self.state.get(p, {})]
+            params = [p for p in group["params"] if p.requires_grad and "dual" in self.state.get(p, {})]
             plans = self.plans.of(i, params, self.state) if self.plans.ready(i, params) else None
             known = [self._set_prox(plan, group, reg) for plan in plans or ()]
             if plans and all(prox or plan.moves_dual_alone for plan, prox in zip(plans, known, strict=True)):
@@ -287,22 +285,13 @@ def _share_alive(p: Tensor, reg: Regularizer, weight: Tensor) -> Tensor:
     return Shards.of(p).sum(share * weight.numel() / p.numel()) if is_sharded(p) else share
 
 
-def _levels_inside() -> int:
-    """The stacklevel of the code that called us, past torch's wrappers of step(), whose number differs."""
-    inside = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
-    frame, levels = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, levels = frame.f_back, levels + 1
-    return levels
-
-
 def _warn_if_dense(fresh: list[tuple[tuple[int, ...], Tensor]]) -> None:
     device = fresh[0][1].device
     shares = torch.stack([share.to(device) for _, share in fresh]).tolist()
     dense = [shape for (shape, _), share in zip(fresh, shares, strict=True) if share > 0.5]
     if dense:
-        warnings.warn(
+        warn(
             f"{len(dense)} of {len(fresh)} regularised tensors start more than half dense (the first has shape "
-            f"{dense[0]}). Bregman iterations add weights and hardly remove any: call tb.sparse_init_(model) first.",
-            stacklevel=_levels_inside(),
+            f"{dense[0]}). Bregman iterations add weights and hardly remove any: call tb.sparse_init_(model) first, or "
+            "tb.prune_(model, density) where the network is trained already."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Levels(Protocol):
@@ -29,6 +29,16 @@ class Control(Protocol):
     total_steps: int | None
     #: Has it counted a step since `Levels` last did? They take turns: controls first, whoever is called first.
     counted: bool
+
+    @property
+    def moves(self) -> list[int]:
+        """The numbers of the parameter groups whose λ it moves."""
+
+    def leave_place(self, groups: list[dict[str, Any]]) -> None:
+        """Write its place in the schedule into the groups of a `state_dict()`."""
+
+    def take_place(self) -> None:
+        """Go on from the place that a loaded state left in the groups of the optimizer."""
 
     def catch_up(self) -> None:
         """Move λ now if it should have been moved while only the live parts were there."""

@@ -52,6 +52,7 @@ class RegularizedOptimizer(Optimizer):
         self.regularizers = []
         self.levels: Levels | None = None  # a tb.Multilevel, which exchanges weights by their live parts and back
         self.controls: list[Control] = []  # what moves λ: tb.TargetDensity
+        self.steps_taken = 0  # by this object; a step that a GradScaler skips is none
         self.forget()
         missing = {name: value for name, value in COMMON.items() if name not in defaults}
         super().__init__(params, {"regularizer": _name(regularizer), **defaults, **missing, "entries_updated": 0})
@@ -104,7 +105,7 @@ class RegularizedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, value in (("levels", None), ("controls", [])):
+        for name, value in (("levels", None), ("controls", []), ("steps_taken", 0)):
             self.__dict__.setdefault(name, value)  # a copy has none
         self.forget()
         self.defaults.pop("differentiable", None)  # torch puts it there; no option of ours
@@ -117,6 +118,13 @@ class RegularizedOptimizer(Optimizer):
         self.plans = Plans()  # what the one-pass step knows about each group
         self._on_shards: dict[Tensor, Regularizer | None] = {}  # J on this rank's part of each DTensor
         self._known: list[int] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the place of every control in its schedule, so that one that is made anew goes on."""
+        found = super().state_dict()
+        for control in self.controls:
+            control.leave_place(found["param_groups"])
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`. The state keeps the precision it was saved with.
@@ -149,6 +157,8 @@ class RegularizedOptimizer(Optimizer):
         finally:
             before.remove()
             after.remove()
+        for control in self.controls:
+            control.take_place()
 
     # ------------------------------------------------------------------ the step
 
@@ -160,6 +170,7 @@ class RegularizedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.steps_taken += 1
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         if _identities(active, self.state) != self._known:
             self._start()

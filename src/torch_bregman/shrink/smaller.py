@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..distributed import require_whole
 from ..network.trace import STEPPED
 from ..network.wrapped import DENSER, bare, is_average
+from ..optim.unwrapped import unwrapped
 from ..part import Piece
 from ..text import Shown, Table
 from .check import difference
@@ -85,6 +86,7 @@ def shrink(
         )
     averaged, model = is_average(model), bare(model)
     require_whole(model, "tb.shrink")
+    optimizer = unwrapped(optimizer)
     if optimizer is not None:
         check_optimizer(model, optimizer)
     if isinstance(model, STEPPED) and len(inputs) == 1:

@@ -238,6 +238,8 @@ def register(kind: Kind) -> Kind:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"Invalid `kind`: {type(kind).__name__} of {cls!r}; expected a class of modules.")
     for other in [other for other in REGISTRY if other.__name__ == cls.__name__ and other is not cls]:
+        if REGISTRY[other].arguments is None and f"{other.__module__}.{other.__qualname__}" in _FOREIGN:
+            continue  # files do not build it
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"Invalid `kind`: {cls.__name__} of {other.__module__} is registered; rename your class.")
         del REGISTRY[other]
