@@ -809,6 +809,69 @@ def test_grey_and_colour_together_are_colour(tmp_path: Path):
     assert load(str(folder)).shape == (3, 4, 6)
 
 
+@pytest.mark.parametrize("suffix", ["bmp", "webp", "tif", "TIFF", "gif", "jpe", "ppm", "tga", "jp2"])
+def test_every_format_is_read(tmp_path: Path, suffix: str):
+    folder = image_folder(tmp_path / "animals")
+    Image.new("L", (6, 4), 200).save(folder / "dog" / f"99.{suffix}")
+    data = load(str(folder))
+    assert len(data.train) + len(data.validation) + len(data.test) == 21
+    assert not data.note
+
+
+def test_what_is_left_out_and_what_lies_deeper_is_told(tmp_path: Path):
+    folder = image_folder(tmp_path / "animals")
+    (folder / "dog" / "old" / "1990").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        Image.new("L", (6, 4)).save(folder / "dog" / "old" / "1990" / name)
+    for name in ("dog/old/notes.txt", "cat/a.heic", "cat/b.heic", "labels.csv"):
+        (folder / name).write_text("")
+    frames = [Image.new("L", (6, 4), k) for k in range(3)]
+    frames[0].save(folder / "cat" / "move.gif", save_all=True, append_images=frames[1:])
+    (folder / "dog" / "old" / "back").symlink_to(folder / "dog")
+    data = load(str(folder))
+    assert len(data.train) + len(data.validation) + len(data.test) == 23
+    for said in (
+        "left out of animals/: 1 .csv", "left out of cat/: 2 .heic", "left out of dog/: 1 .txt",
+        "images of dog/old/1990/ (2) count for the class dog", "move.gif the first frame alone",
+    ):  # fmt: skip
+        assert said in data.note
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_turns_an_image_upright(tmp_path: Path, suffix: str, orientation: int):
+    folder = image_folder(tmp_path / "animals", "RGB", (16, 8))
+    upright = Image.new("RGB", (16, 8))
+    upright.paste((255, 255, 255), (0, 0, 8, 8))  # white on the left
+    turn = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    stored = upright if turn[orientation] is None else upright.transpose(turn[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (folder / "test").mkdir()
+    for name in ("train/cat", "train/dog"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name.partition("/")[2]).rename(folder / name)
+    (folder / "test" / "cat").mkdir()
+    stored.save(folder / "test" / "cat" / f"a.{suffix}", exif=exif)
+    data = load(str(folder))
+    pixels = raw_pixels(data, data.test)[0, 0]
+    assert pixels.shape == (8, 16)
+    assert pixels[:, :7].min() > 200
+    assert pixels[:, 9:].max() < 55
+
+
+def test_folders_of_splits_under_near_names(tmp_path: Path):
+    folder = tmp_path / "animals"
+    for name, count in (("Training", 5), ("valid", 2), ("testing", 3)):
+        image_folder(folder / name, count=count)
+    data = load(str(folder))
+    assert [len(data.train), len(data.validation), len(data.test)] == [10, 4, 6]
+    plain = image_folder(tmp_path / "passes")
+    (plain / "cat").rename(plain / "valid")
+    (plain / "dog").rename(plain / "expired")
+    assert load(str(plain)).classes == ("expired", "valid")
+
+
 def break_folder(kind: str, folder: Path) -> None:
     image_folder(folder)
     if kind == "size":
@@ -828,6 +891,16 @@ def break_folder(kind: str, folder: Path) -> None:
         (folder / "cat").rename(folder / "test")
     elif kind == "other":
         image_folder(folder / "train")
+    elif kind == "split inside":
+        image_folder(folder / "dog" / "test")
+    elif kind == "two names":
+        for name in ("train", "val", "valid"):
+            image_folder(folder / name)
+        for name in ("cat", "dog"):
+            (folder / name).rename(folder.parent / name)
+    elif kind == "heic":
+        (folder / "emu").mkdir()
+        (folder / "emu" / "a.heic").write_bytes(b"")
     elif kind == "one class":
         (folder / "dog").rename(folder.parent / "dog")
     elif kind == "unknown class":
@@ -848,6 +921,9 @@ def break_folder(kind: str, folder: Path) -> None:
         ("empty class", ["emu", "no images"]),
         ("no train", ["has test/ but no train/"]),
         ("other", ["has cat/ beside train/"]),
+        ("split inside", ["dog/test", "test/dog/", "outside the classes"]),
+        ("two names", ["val/ and valid/", "one of them"]),
+        ("heic", ["emu: holds no images", "left out of emu/: 1 .heic"]),
         ("one class", ["1 class folders", "at least two"]),
         ("unknown class", ["'emu'", "cat, dog"]),
     ],
