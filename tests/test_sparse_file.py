@@ -24,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import torch_bregman as tb
 from torch_bregman.export import patterns
@@ -425,7 +426,86 @@ def test_models_that_no_file_can_hold(path: Path) -> None:
     lazy = nn.LazyLinear(3)
     with pytest.raises(ValueError, match="not initialised yet"):
         save_sparse(lazy, path)
+    with pytest.raises(ValueError, match="0 is a ScriptModule, which"):
+        save_sparse(nn.Sequential(torch.jit.ScriptModule()), path)
     assert not path.exists()
+
+
+class Packed(nn.Linear):
+    """As a quantized layer: its weight is no parameter, and only its state_dict shows it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.packed = (self._parameters.pop("weight"), 8)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}packed"] = self.packed
+
+
+def with_hook(what: Any) -> nn.Module:
+    layer = nn.Linear(3, 2)
+    layer.register_state_dict_post_hook(lambda module, state, prefix, meta: state.update({f"{prefix}more": what}))
+    return layer
+
+
+class Overridden(nn.Linear):
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return {**super().state_dict(*args, **options), "config": {"width": 3}}
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (nn.Sequential(nn.ReLU(), Packed(3, 2)), r"'1.packed', of 1 \(Packed\)"),
+        (nn.Sequential(with_hook(torch.ones(2))), r"'0.more', of 0 \(Linear\)"),
+        (nn.Sequential(with_hook("a word")), r"'0.more', of 0 \(Linear\)"),
+        (Overridden(3, 2), r"'config', of the model \(Overridden\)"),
+    ],
+)
+def test_what_a_state_dict_holds_beside_parameters_and_buffers_is_refused(
+    model: nn.Module, named: str, path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"Invalid `model`: its state_dict has {named}, which is neither"):
+        save_sparse(model, path)
+    assert not path.exists()
+    save_sparse(nn.Linear(3, 2), path)
+    with pytest.raises(ValueError, match=f"Invalid `model`: its state_dict has {named}, which is neither"):
+        load_sparse(model, path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch, which drops them
+def test_a_quantized_network_is_refused(path: Path) -> None:
+    quantized = torch.ao.quantization.quantize_dynamic(mlp(6, 5, 2), {nn.Linear})
+    save_sparse(mlp(6, 5, 2), path)
+    for refused in (save_sparse, load_sparse):
+        with pytest.raises(ValueError, match=r"its state_dict has '0\..*, of 0.* sparse file would lack it"):
+            refused(quantized, path)
+
+
+def test_another_name_of_a_tensor_in_the_state_dict_is_nothing_more(path: Path) -> None:
+    model = nn.Linear(3, 2)
+    model.register_state_dict_post_hook(lambda module, state, prefix, meta: state.update(alias=module.weight))
+    save_sparse(model, path)
+    assert sorted(read_sparse(path)[0]) == ["bias", "weight"]
+
+
+@pytest.mark.parametrize("way", ["pruned", "weight_norm", "spectral_norm"])
+def test_reparametrised_layers_come_back_exactly_and_the_result_says_so(way: str, path: Path) -> None:
+    def network() -> nn.Module:
+        net = mlp(6, 5, 2)
+        if way == "pruned":
+            prune.l1_unstructured(net[0], "weight", 0.5)
+        else:
+            getattr(parametrizations, way)(net[0])
+        return net.eval()
+
+    model, fresh, x = network(), network(), torch.randn(3, 6)
+    assert "0.weight is computed from other tensors in every call" in str(save_sparse(model, path))
+    load_sparse(fresh, path)
+    assert torch.equal(fresh(x), model(x))
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load_sparse(mlp(6, 5, 2), path)
 
 
 # ---------------------------------------------------------------------- what does not fit

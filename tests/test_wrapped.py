@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 import torch_bregman as tb
@@ -186,3 +187,37 @@ def test_a_proof_of_averages() -> None:
     (fact,) = (fact for fact in proof.facts if fact.name == "weights")
     assert (fact.dense, fact.sparse) == (alive, alive)
     assert f"{alive / 720:.2%} of 720; these are 720 of 720 matrix entries" in str(proof)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda model: tb.optimize_for_inference(model, (X,)),
+        lambda model: tb.shrink(model, (X,)),
+        lambda model: prove(None, model, X, rounds=1, rivals=False),
+        lambda model: prove(model, network(), X, rounds=1, rivals=False),
+    ],
+)
+def test_pruned_networks_are_refused_with_the_remedy(function: Callable[[nn.Module], object]) -> None:
+    model = network()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model(X)  # from now on its weight is a tensor that torch cannot copy
+    with pytest.raises(ValueError, match=r"0.weight is computed .* first call torch.nn.utils.prune.remove\("):
+        function(model)
+
+
+def test_programs_of_pruned_networks(tmp_path: Path) -> None:
+    model = network().eval()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    wanted = model(X)
+    loaded = torch.export.load(tb.save_program(model, X, tmp_path / "net.pt2")).module()
+    torch.testing.assert_close(loaded(X), wanted)
+
+
+def test_a_twin_whose_weights_nobody_could_count_is_refused() -> None:
+    class Packed(nn.Linear):
+        def get_extra_state(self) -> int:
+            return 3
+
+    with pytest.raises(ValueError, match=r"Invalid `dense`: 0 \(Packed\) has an extra state"):
+        prove(nn.Sequential(Packed(20, 4)), nn.Sequential(nn.Linear(20, 4)), X, rounds=1, rivals=False)

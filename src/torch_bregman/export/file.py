@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .descriptions import places
 from .patterns import Array
@@ -62,12 +63,16 @@ def tensors_in(slots: Mapping[str, tuple[dict[str, Any], str]]) -> dict[str, Ten
     return {name: holder[leaf] for name, (holder, leaf) in slots.items()}
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, argument: str = "model") -> dict[str, Tensor]:
     """The very tensors of the model by name. ValueError naming what a sparse file cannot hold."""
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"Invalid `{argument}`: {path or 'it'} is a ScriptModule, which torch.jit.save saves whole."
+            )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             kind = type(module).__name__
-            raise ValueError(f"Invalid `model`: {path or 'it'} ({kind}) has an extra state, which is no tensor.")
+            raise ValueError(f"Invalid `{argument}`: {path or 'it'} ({kind}) has an extra state, which is no tensor.")
     found = tensors_in(slots_of(model))
     for name, tensor in found.items():
         fault = (
@@ -75,11 +80,39 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
             else "on the meta device, without values" if tensor.is_meta
             else f"of the layout {tensor.layout}" if tensor.layout != torch.strided
             else "quantized" if tensor.is_quantized
+            else f"a {type(tensor).__name__}, made of other tensors" if is_traceable_wrapper_subclass(tensor)
             else None
         )  # fmt: skip
         if fault is not None:
-            raise ValueError(f"Invalid `model`: {name} is {fault}; expected ordinary tensors.")
+            raise ValueError(f"Invalid `{argument}`: {name} is {fault}; expected ordinary tensors.")
+    if fault := _beside(model, found):
+        raise ValueError(f"Invalid `{argument}`: {fault}")
     return found
+
+
+def _beside(model: nn.Module, found: Mapping[str, Tensor]) -> str | None:
+    """What is wrong where the state of the model has more in it than these parameters and buffers."""
+    known = {identity(tensor) for tensor in found.values()}
+    for key, value in model.state_dict().items():
+        name = ".".join(part for part in key.split(".") if part != "_orig_mod")
+        if name in found or (isinstance(value, Tensor) and identity(value) in known):
+            continue
+        path = name.rpartition(".")[0]
+        while (module := _module(model, path)) is None:
+            path = path.rpartition(".")[0]
+        return (
+            f"its state_dict has {name!r}, of {path or 'the model'} ({type(module).__name__}), which is neither a "
+            "parameter nor a buffer, so a sparse file would lack it; use torch.save, or the network before it was "
+            "quantized."
+        )
+    return None
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def is_graph(model: nn.Module) -> bool:

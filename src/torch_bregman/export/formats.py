@@ -6,7 +6,6 @@ random ones at other batch sizes.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import logging
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..compare import difference, random_like
 from ..extras import needs_extra
 from ..files import write_atomically
+from ..network.copied import copied
 from ..network.wrapped import bare
 
 __all__ = ["save_onnx", "save_program"]
@@ -269,7 +269,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         raise ValueError(f"Invalid `model`: {type(model).__name__}; expected a torch.nn.Module.")
     model = bare(model)
     if any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
-        model = copy.deepcopy(model).cpu()
+        model = copied(model).cpu()
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield model.eval()

@@ -40,7 +40,7 @@ def load_sparse(model: nn.Module, path: Pathlike) -> nn.Module:
 
     Raises:
         ValueError: the file is damaged, is none of ours, was written by a newer version, or does not fit the model,
-            which is as it was then.
+            which is as it was then; or `model` holds what no sparse file can, see `save_sparse`.
         OSError: there is no such file.
     """
     inner = bare(model)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..distributed import require_whole
 from ..files import write_atomically
 from ..layers import matrix_entries, weight_layers
+from ..network.reparametrised import described
 from ..network.wrapped import DENSER, bare, is_average
 from ..text import Shown, table
 from . import descriptions
@@ -123,7 +124,8 @@ def save_sparse(model: nn.Module, path: Pathlike, *, dtype: torch.dtype | None =
 
     Raises:
         ValueError: a `dtype` that is none of these, a finite value that would become infinite in it, a tensor without
-            values (lazy, meta) or with those of one rank (DTensor), a module with an extra state.
+            values (lazy, meta) or with those of one rank (DTensor), a module with an extra state or with anything else
+            in its `state_dict` that is no parameter or buffer, as quantized ones have.
         OSError: the file could not be written.
     """
     require_whole(model, "tb.save_sparse")
@@ -169,7 +171,7 @@ def save_sparse(model: nn.Module, path: Pathlike, *, dtype: torch.dtype | None =
     content = _content(payload, {key: value for key, value in header.items() if value})
     write_atomically(path, content)
     _, matrices, _ = matrix_entries(model)
-    notes = (DENSER,) if averaged else ()
+    notes = tuple(filter(None, (DENSER if averaged else "", described(model))))
     dense = _dense_bytes({row.name: tensors[row.name] for row in rows})
     return Saved(path, len(content), dense, header["kept"], header["size"], tuple(rows), matrices, notes)
 

@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..compare import difference
 from ..density import density
+from ..export.file import tensors_of
 from ..export.formats import as_inputs, rows_of
 from ..export.save import save_sparse
 from ..inference import optimize_for_inference
 from ..layers import weight_layers
+from ..network.copied import copied
 from ..network.wrapped import DENSER, bare, is_average
 from ..shrink import shrink
 from .contenders import Maker, compiled, in_onnxruntime
@@ -79,9 +81,10 @@ def prove(
     inputs, batches = as_inputs(example_inputs), _checked(rounds, batches)
     say = progress or (lambda _: None)
     averaged = is_average(sparse)
-    sparse = copy.deepcopy(bare(sparse)).cpu().eval()
+    sparse = copied(bare(sparse)).cpu().eval()
     twin = dense is not None
-    dense = copy.deepcopy(bare(dense)).cpu().eval() if dense is not None else random_weights(sparse)
+    dense = copied(bare(dense)).cpu().eval() if dense is not None else random_weights(sparse)
+    tensors_of(dense, "dense")  # what else it held would be counted nowhere
     machine = _machine()
     say("shrinking")
     largest = rows_of(inputs, max(batches))
