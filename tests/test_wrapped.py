@@ -221,3 +221,17 @@ def test_a_twin_whose_weights_nobody_could_count_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"Invalid `dense`: 0 \(Packed\) has an extra state"):
         prove(nn.Sequential(Packed(20, 4)), nn.Sequential(nn.Linear(20, 4)), X, rounds=1, rivals=False)
+
+
+def test_flattened_shards_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import fsdp
+
+    class Sharded(nn.Sequential):
+        """In the place of FullyShardedDataParallel, which wants a GPU."""
+
+    monkeypatch.setattr(fsdp, "FullyShardedDataParallel", Sharded)
+    for function in (tb.save_sparse, tb.load_sparse):
+        with pytest.raises(ValueError, match=f"has FullyShardedDataParallel, and tb.{function.__name__} needs whole"):
+            function(nn.Sequential(Sharded(network())), tmp_path / "net.st")
+    with pytest.raises(ValueError, match=r"has FullyShardedDataParallel, and tb.shrink needs whole"):
+        tb.shrink(Sharded(network()), (X,))

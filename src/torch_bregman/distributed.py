@@ -44,10 +44,12 @@ def whole(t: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def require_whole(model: Module, what: str) -> None:
-    """ValueError, saying that `what` needs whole weights, where `model` has DTensors."""
-    if any(is_sharded(p) for p in model.parameters()):
+    """ValueError, saying that `what` needs whole weights, where `model` has DTensors or is flattened into shards."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    flat = module is not None and any(isinstance(m, module.FullyShardedDataParallel) for m in model.modules())
+    if flat or any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
-            f"`model` has DTensors, and {what} needs whole weights: on every rank call get_model_state_dict(model, "
+            f"`model` has {'FullyShardedDataParallel' if flat else 'DTensors'}, and {what} needs whole weights: on every rank call get_model_state_dict(model, "
             "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict, and load what "
             "it returns into a model that is not sharded."
         )

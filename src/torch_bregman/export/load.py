@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..distributed import require_whole
 from ..network import kinds
 from ..network.wrapped import bare, inwards
 from . import descriptions
@@ -44,6 +45,7 @@ def load_sparse(model: nn.Module, path: Pathlike) -> nn.Module:
         OSError: there is no such file.
     """
     inner = bare(model)
+    require_whole(inner, "tb.load_sparse")
     tensors = tensors_of(inner)
     # Larger files than this hold another network.
     file = read_file(Path(path), (1 << 30) + sum(16 * tensor.numel() for tensor in tensors.values())).inside(tensors)
