@@ -79,10 +79,12 @@ class Memory:
 
     def give(self, optimizer: torch.optim.Optimizer, **names: str) -> torch.optim.Optimizer:
         """Let the optimizer's state be these tensors."""
+        # The kernel of torch's fused Adam reads the counter where the weights are; all others count on the CPU.
+        fused = isinstance(optimizer, torch.optim.Adam) and optimizer.param_groups[0]["fused"]
         for i, p in enumerate(optimizer.param_groups[0]["params"]):
             optimizer.state[p].update({name: self.tensors[mine][i] for name, mine in names.items()})
             if "exp_avg" in names:
-                optimizer.state[p]["step"] = torch.tensor(100.0)
+                optimizer.state[p]["step"] = torch.tensor(100.0, device=p.device if fused else "cpu")
         return optimizer
 
 

@@ -235,3 +235,7 @@ def test_flattened_shards_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
             function(nn.Sequential(Sharded(network())), tmp_path / "net.st")
     with pytest.raises(ValueError, match=r"has FullyShardedDataParallel, and tb.shrink needs whole"):
         tb.shrink(Sharded(network()), (X,))
+    with pytest.raises(ValueError, match=r"has FullyShardedDataParallel, and tb.optimize_for_inference needs whole"):
+        tb.optimize_for_inference(Sharded(network()), (X,))
+    with pytest.raises(ValueError, match=r"has FullyShardedDataParallel, and an export needs whole"):
+        tb.save_program(Sharded(network()), X, tmp_path / "net.pt2")

@@ -48,8 +48,9 @@ def require_whole(model: Module, what: str) -> None:
     module = sys.modules.get("torch.distributed.fsdp")
     flat = module is not None and any(isinstance(m, module.FullyShardedDataParallel) for m in model.modules())
     if flat or any(is_sharded(p) for p in model.parameters()):
+        found = "FullyShardedDataParallel" if flat else "DTensors"
         raise ValueError(
-            f"`model` has {'FullyShardedDataParallel' if flat else 'DTensors'}, and {what} needs whole weights: on every rank call get_model_state_dict(model, "
+            f"`model` has {found}, and {what} needs whole weights: on every rank call get_model_state_dict(model, "
             "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict, and load what "
             "it returns into a model that is not sharded."
         )

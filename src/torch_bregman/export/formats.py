@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..compare import difference, random_like
+from ..distributed import require_whole
 from ..extras import needs_extra
 from ..files import write_atomically
 from ..network.copied import copied
@@ -268,6 +269,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"Invalid `model`: {type(model).__name__}; expected a torch.nn.Module.")
     model = bare(model)
+    require_whole(model, "an export")
     if any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
         model = copied(model).cpu()
     modes = [(module, module.training) for module in model.modules()]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..compare import close
+from ..distributed import require_whole
 from ..network.copied import copied
 from ..network.wrapped import bare
 from ..shrink import compact
@@ -69,6 +70,7 @@ def optimize_for_inference(model: nn.Module, example_inputs: tuple[Any, ...]) ->
             f"`example_inputs` is {type(example_inputs).__name__}; expected a tuple of the arguments, such as (x,)."
         )
     model = bare(model)
+    require_whole(model, "tb.optimize_for_inference")
     with torch.no_grad():
         dense = copied(model).eval().requires_grad_(False)
         try:
