@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..data import DataError
 from ..report import terminal_summary, write_report
-from ..report.words import near
+from ..report.words import ON_TARGET, near
 from ..train.errors import RunError, Stopped
 from ..train.loop import fit
 from ..train.ranks import TORCHRUN, start
@@ -107,7 +107,8 @@ def train(
     console.print(terminal_summary(run))
     if end["asked_density"] is not None and not near(end["density"], end["asked_density"]):
         console.print(
-            "The density is off by more than 2 %: whole groups are as near as it gets, or epochs are too few."
+            f"The density is off by more than {100 * ON_TARGET:g} %: whole groups are as near as it gets, or "
+            "epochs are too few."
         )
 
 
