@@ -963,6 +963,23 @@ def test_batches_cover_the_split(count: int, size: int, drop: bool, expected: in
         assert seen == list(range(len(seen)))
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "least", "sizes"),
+    [(9, 4, 2, [4, 5]), (10, 4, 2, [4, 4, 2]), (10, 4, 3, [4, 6]), (8, 4, 4, [4, 4]), (1, 4, 2, [1]), (3, 4, 2, [3])],
+)
+@pytest.mark.parametrize("seed", [None, 0])
+def test_too_few_samples_join_the_batch_before(count: int, size: int, least: int, sizes: list[int], seed: int | None):
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    batches = Batches(numbered(count), size, generator=generator, least=least)
+    for skip in range(len(sizes) + 1):
+        start = None if generator is None else generator.get_state()
+        assert [len(y) for _, y in batches.epoch(skip)] == sizes[skip:]
+        if generator is not None:
+            generator.set_state(start)
+    assert len(batches) == len(sizes)
+    assert sorted(labels(batches)) == list(range(count))
+
+
 def test_an_epoch_is_one_permutation():
     batches = Batches(numbered(100), 7, generator=torch.Generator().manual_seed(5))
     reference = torch.Generator().manual_seed(5)

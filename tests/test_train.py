@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import torch_bregman as tb
 from torch_bregman.models import MODELS, build
@@ -23,6 +24,7 @@ from torch_bregman.models.resnet import ResNet
 from torch_bregman.train import Recipe, fit
 from torch_bregman.train.checksummed import latest_checkpoint, load_checkpoint, previous, save_checkpoint
 from torch_bregman.train.errors import RunError, Stopped
+from torch_bregman.train.trial import least_samples, try_out
 
 
 def rows_of(run: Path) -> list[dict]:
@@ -187,6 +189,93 @@ def test_a_model_of_ones_own(inside, tmp_path, arrays):
     assert rows_of(next((tmp_path / "runs").iterdir()))[-1]["weights"] == 100
 
 
+# ---------------------------------------------------------------------- networks that do not fit
+
+
+def normed(shape, classes):
+    return nn.Sequential(nn.Linear(*shape, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, classes))
+
+
+def double(shape, classes):
+    return nn.Sequential(nn.Linear(*shape, 30), nn.Dropout(), nn.Linear(30, classes)).double()
+
+
+class Odd(nn.Module):
+    """A Linear layer, and `change` of its outputs, which also knows whether it trains."""
+
+    def __init__(self, shape, classes, change):
+        super().__init__()
+        self.layer, self.change = nn.Linear(*shape, classes), change
+
+    def forward(self, x):
+        return self.change(self.layer(x), self.training)
+
+
+ODD = {
+    "few": lambda out, training: out[:, :2],
+    "tuple": lambda out, training: (out, out),
+    "dict": lambda out, training: {"logits": out, "loss": out},
+    "trains": lambda out, training: (out, out) if training else out,
+    "images": lambda out, training: out[..., None, None],
+    "whole": lambda out, training: out.argmax(1),
+    "raises": lambda out, training: out @ out,
+}
+
+
+def __getattr__(name):  # odd_few and so on
+    if name.removeprefix("odd_") in ODD:
+        return lambda shape, classes: Odd(shape, classes, ODD[name.removeprefix("odd_")])
+    raise AttributeError(name)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("few", ["in eval mode, on 2 samples, returns 2 outputs for 5 classes", "logits [2, 5]"]),
+        ("tuple", ["returns a tuple; expected one tensor"]),
+        ("dict", ["returns a dict of logits, loss"]),
+        ("trains", ["in training mode", "returns a tuple"]),
+        ("images", ["the shape [2, 5, 1, 1]"]),
+        ("whole", ["torch.int64", "floating point"]),
+        ("raises", ["fails on samples of shape [20]: RuntimeError, mat1", "test_train.py, line"]),
+    ],
+)
+def test_a_network_that_does_not_fit_is_told_before_the_run(inside, tmp_path, arrays, model, words):
+    done = inside("train", arrays, "--model", f"test_train:odd_{model}", "--epochs", 1)
+    assert done.returncode == 1
+    assert all(word in done.stderr for word in [f"'test_train:odd_{model}'", *words]), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_the_trial_leaves_no_trace(tmp_path):
+    model, x = normed((20,), 5), torch.randn(2, 20)
+    model.insert(0, nn.Dropout())
+    state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    try_out("model", model, x, 5)
+    assert least_samples(model, x) == 2
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert model.training
+    assert least_samples(nn.Sequential(nn.Unflatten(1, (1, 20)), nn.BatchNorm1d(1)), x) == 1  # of one: 20 values
+    assert least_samples(nn.Linear(20, 5), x) == 1
+
+
+def test_a_batch_norm_needs_two_samples(inside, tmp_path, arrays):
+    done = inside("train", arrays, "--model", "test_train:normed", "--batch-size", 1)
+    assert done.returncode == 1
+    assert "Invalid `batch_size`: 1, of 540 samples to train on; expected at least 2" in done.stderr
+
+
+def test_networks_in_float64_are_trained_and_used(inside, tmp_path, arrays):
+    done = inside("train", arrays, "--model", "test_train:double", "--epochs", 1, "--density", 0.3, "--out", "r")
+    assert done.returncode == 0, done.stderr
+    assert weights_of(tmp_path / "r")["0.weight"].dtype == torch.float64
+    for use in (["shrink"], ["export", "--format", "program"]):
+        done = inside(*use, "r")
+        assert done.returncode == 0, done.stderr
+
+
 def test_models_have_the_sizes_of_the_paper():
     def size(name, shape):
         model = build(name, shape, 10)
@@ -282,6 +371,8 @@ def test_resume_after_sigkill_at_random_points_is_bit_exact(inside, arrays, tmp_
         {"control": "exact"},
         {"precision": "bf16"},
         {"multilevel": True, "coarse_steps": 3, "margin": 1.0},
+        {"model": "test_train:normed", "batch_size": 49},  # of 540 samples one is left, which joins the last batch
+        {"model": "test_train:double"},
     ],
     ids=str,
 )

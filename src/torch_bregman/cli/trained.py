@@ -14,6 +14,7 @@ from ..data import Dataset, load
 from ..models import build
 from ..train.errors import RunError
 from ..train.recipe import Recipe
+from ..train.trial import dtype_of
 from .runs import finished, read_recipe
 
 SAMPLES = 64  # that stand for the inputs of a network when it is shrunk, exported or timed
@@ -60,7 +61,7 @@ def trained(run: Path, data: Dataset | None = None) -> Trained:
     if missing or unknown:
         name = [*missing, *unknown][0]
         raise RunError(f"The weights {weights} are not those of the model {recipe.model}: {name} is in one only.")
-    return Trained(recipe, data, model.eval(), weights)
+    return Trained(recipe, data.to("cpu", dtype_of(model)), model.eval(), weights)
 
 
 def writable(path: Path) -> Path:

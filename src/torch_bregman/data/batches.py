@@ -19,7 +19,7 @@ class Batches:
     start of an epoch and the number of batches done are all that resuming needs. None: the order of the split.
     `augment`: called as augment(x, generator) with a generator on the device of x; one seed per epoch is drawn from
     `generator` after the order, and batch i uses seed + i, so that skipped batches need no replay.
-    `drop_last`: leave out a last batch that is not full.
+    `drop_last`: leave out a last batch that is not full. `least`: one of fewer samples joins the batch before it.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Batches:
         generator: torch.Generator | None = None,
         augment: Augmentation | None = None,
         drop_last: bool = False,
+        least: int = 1,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size`: got {batch_size!r}; expected a positive integer.")
@@ -41,12 +42,16 @@ class Batches:
             raise ValueError(
                 f"`batch_size`: got {batch_size}; expected at most the {len(split)} samples, because of `drop_last`."
             )
-        self.split, self.batch_size, self.drop_last = split, batch_size, drop_last
+        if isinstance(least, bool) or not isinstance(least, int) or not 1 <= least <= batch_size:
+            raise ValueError(f"`least`: got {least!r}; expected 1 to {batch_size}, the `batch_size`.")
+        self.split, self.batch_size, self.drop_last, self.least = split, batch_size, drop_last, least
         self.generator, self.augment = generator, augment
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        if self.drop_last:
+            return full
+        return full + (rest >= self.least or (rest > 0 and full == 0))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.epoch()
@@ -61,15 +66,20 @@ class Batches:
         seed = 0 if self.augment is None else int(torch.randint(2**62, (), generator=self.generator))
         return self._in_random_order(skip, order, seed)
 
+    def _place(self, i: int) -> slice:
+        """Where the samples of batch `i` are in the order; the last one takes what joins it."""
+        joined = i == len(self) - 1 and not self.drop_last
+        return slice(i * self.batch_size, len(self.split) if joined else (i + 1) * self.batch_size)
+
     def _in_order(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         for i in range(skip, len(self)):
-            place = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            place = self._place(i)
             yield self.split.x[place], self.split.y[place]  # views: evaluation copies nothing
 
     def _in_random_order(self, skip: int, order: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator(order.device) if self.augment is not None else None
         for i in range(skip, len(self)):
-            index = order[i * self.batch_size : (i + 1) * self.batch_size]
+            index = order[self._place(i)]
             x, y = take(self.split.x, index), take(self.split.y, index)
             if self.augment is not None and generator is not None:
                 x = self.augment(x, generator.manual_seed(seed + i))

@@ -13,7 +13,7 @@ from torch import Tensor
 class Split:
     """Samples and their labels.
 
-    `x`: float32, normalised, [N, C, H, W] for images or [N, F] for arrays.
+    `x`: floating point, normalised, [N, C, H, W] for images or [N, F] for arrays.
     `y`: int64 [N], positions in `Dataset.classes`.
     """
 
@@ -23,9 +23,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.y)
 
-    def to(self, device: torch.device | str) -> Split:
-        """The same split on `device`."""
-        return Split(self.x.to(device), self.y.to(device))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Split:
+        """The same split on `device`, its samples in `dtype`."""
+        return Split(self.x.to(device, dtype), self.y.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +46,17 @@ class Dataset:
     std: tuple[float, ...]
     note: str = ""
 
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same data set on `device`."""
-        return replace(
-            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
-        )
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
+        """The same data set on `device`, its samples in `dtype`, float32 where that is None."""
+        train, validation, test = (split.to(device, dtype) for split in (self.train, self.validation, self.test))
+        return replace(self, train=train, validation=validation, test=test)
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
         """`mean` and `std` beside the data, in a shape that fits a batch of samples; made once, not per batch."""
-        shape, device = (-1, *[1] * (len(self.shape) - 1)), self.train.x.device
-        return torch.tensor(self.mean, device=device).view(shape), torch.tensor(self.std, device=device).view(shape)
+        shape, x = (-1, *[1] * (len(self.shape) - 1)), self.train.x
+        mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype) for values in (self.mean, self.std))
+        return mean.view(shape), std.view(shape)
 
     def raw(self, x: Tensor) -> Tensor:
         """The samples `x` as they were before normalisation: images as pixels in [0, 1]."""

@@ -40,7 +40,7 @@ class Denoising:
 
     def noisy(self, x: Tensor, generator: Generator) -> Tensor:
         """What goes in: `x` and fresh noise."""
-        noise = torch.randn(x.shape, device=x.device, generator=generator)
+        noise = torch.randn(x.shape, device=x.device, generator=generator).to(x)
         _, std = self.data.moments
         return x + self.noise / std * noise
 

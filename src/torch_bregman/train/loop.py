@@ -50,9 +50,10 @@ def fit(
         torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True  # a resumed run is the same run
 
-    data = ranks.in_turn(lambda: load(recipe.dataset, data_root, limit=recipe.limit)).to(device)
-    training = Training(recipe, data, device, ranks)
-    model, steps_per_epoch = training.model, training.steps_per_epoch
+    training = Training(
+        recipe, ranks.in_turn(lambda: load(recipe.dataset, data_root, limit=recipe.limit)), device, ranks
+    )
+    model, data, steps_per_epoch = training.model, training.data, training.steps_per_epoch
 
     with Display(
         recipe.epochs, steps_per_epoch, asked=training.asked, quiet=quiet, title=title, silent=not ranks.first

@@ -19,6 +19,7 @@ from ..network.kinds.conv import gains_by_channels_last
 from ..rivals import Lasso
 from .denoising import Denoising, start_at_mean
 from .device import pick_threads
+from .errors import RunError
 from .evaluation import evaluate
 from .graphs import Replayed
 from .ranks import Processes
@@ -35,6 +36,7 @@ from .recipe import (
 )
 from .ssim import similarity_on
 from .start import start_sparse
+from .trial import dtype_of, least_samples, try_out
 
 
 class Training:
@@ -45,12 +47,11 @@ class Training:
     """
 
     def __init__(self, recipe: Recipe, data: Dataset, device: torch.device, ranks: Processes) -> None:
-        self.recipe, self.data, self.device, self.ranks = recipe, data, device, ranks
-        self.steps_per_epoch = math.ceil(len(data.train) / recipe.batch_size)
-        total_steps = recipe.epochs * self.steps_per_epoch
-
+        self.recipe, self.device, self.ranks = recipe, device, ranks
+        self.order = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
         self.model = model = build(recipe.model, data.shape, len(data.classes))
+        self.data = data = data.to(device, dtype_of(model))
         self.denoising = Denoising.of(model, data, recipe)
         self.asked = asked_density(recipe, model)
         if recipe.optimizer not in (*DENSE, *RIVALS, "proxsgd"):
@@ -58,6 +59,10 @@ class Training:
         if self.denoising:
             start_at_mean(model, self.denoising.clean(data.train.x))
         model.to(device)
+        try_out(recipe.model, model, data.train.x[:2], len(data.classes))
+        self.batches = self._batches()
+        self.steps_per_epoch = len(self.batches)
+        total_steps = recipe.epochs * self.steps_per_epoch
         self.layout = fastest_layout(model, ranks)
         if self.layout:
             model.to(**self.layout)
@@ -82,10 +87,7 @@ class Training:
             self.mixed = lambda: torch.autocast(device.type, dtype)
         self.similarity = similarity_on(data) if self.denoising else None
 
-        self.order = torch.Generator().manual_seed(recipe.seed)
         self.noise = torch.Generator(device).manual_seed(recipe.seed)
-        augment = None if recipe.augment == "none" else AUGMENTATIONS[recipe.augment]
-        self.batches = Batches(data.train, recipe.batch_size, generator=self.order, augment=augment)
 
         self.rows: list[dict[str, Any]] = []  # of metrics.jsonl
         self.best: dict[str, Any] = {}  # epoch, score and measures of the network that is kept
@@ -94,6 +96,19 @@ class Training:
         self._averaged = 0  # of the losses: how many are the means over the ranks
         self._order_of_epoch = self.order.get_state()  # when it began
         self._spent, self._began = 0.0, time.perf_counter()
+
+    def _batches(self) -> Batches:
+        """The samples in random order; what is too little for a batch norm joins the batch before it."""
+        recipe, samples = self.recipe, self.data.train
+        one = least_samples(self.model, samples.x[:2])
+        least = one * self.ranks.size if one > 1 else 1  # a rank without samples may take another's
+        if min(recipe.batch_size, len(samples)) < least:
+            raise ValueError(
+                f"Invalid `batch_size`: {recipe.batch_size}, of {len(samples)} samples to train on; expected at least "
+                f"{least}, for a batch norm of {recipe.model!r} needs two samples in each process."
+            )
+        augment = None if recipe.augment == "none" else AUGMENTATIONS[recipe.augment]
+        return Batches(samples, recipe.batch_size, generator=self.order, augment=augment, least=least)
 
     # ------------------------------------------------------------------ how far it has come
 
@@ -119,6 +134,11 @@ class Training:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave, of a run with the same recipe."""
+        if len(saved["losses"]) != self.steps_per_epoch:
+            raise RunError(
+                f"The run has {len(saved['losses'])} steps per epoch, and here it would have {self.steps_per_epoch}, "
+                "because of its batch norms; go on with as many processes as it began with."
+            )
         for name, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(saved[name])
