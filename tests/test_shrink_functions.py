@@ -285,3 +285,64 @@ def test_code_that_computes_with_sizes_becomes_what_was_traced(forward: Callable
     assert any("computes with the sizes" in note for note in small.report.notes)
     with pytest.raises(RuntimeError, match="nothing was changed"):
         tb.shrink(model, (torch.randn(5, 3),), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+class Conditional(nn.Module):
+    """As a padding that depends on the size of the image, and a forward that looks at what else it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 2), nn.Conv2d(8, 2, 1)
+        self.a.weight.data[:4] = 0
+
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        if x.shape[-1] % 2:
+            x = F.pad(x, [0, 1, 0, 0])
+        x = self.a(x).relu()
+        if x.shape[1] < 4:
+            x = x.flip(1)
+        return self.b(x if scale is None else x * scale)
+
+
+def test_conditions_on_sizes_are_followed() -> None:
+    torch.manual_seed(0)
+    model = Conditional()
+    small = tb.shrink(model, (torch.randn(2, 3, 5, 5),))
+    assert small.model.get_submodule("a").out_channels == 8  # their number is looked at
+
+    class Fewer(Conditional):
+        def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+            return self.b(self.a(F.pad(x, [0, 1, 0, 0]) if x.shape[-1] % 2 else x).relu())
+
+    small = tb.shrink(Fewer(), (torch.randn(2, 3, 5, 5),))
+    assert small.model.get_submodule("a").out_channels == 4
+
+
+@pytest.mark.parametrize("condition", [lambda x: x.shape[0] > 2, lambda x: x.sum() > 0])
+def test_conditions_on_samples_are_not(condition: Callable[[Tensor], Any]) -> None:
+    class Samples(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) if condition(x) else -self.a(x))
+
+    small = tb.shrink(Samples(), (torch.randn(2, 3),))
+    assert "control flow" in small.report.notes[0]
+
+
+def test_operators_with_an_underscore_write_nothing() -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+            self.a.weight.data[:4] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            inside = (x > -1) & (x < 1)
+            return self.b(x * inside)
+
+    small = tb.shrink(Masks(), (torch.randn(2, 3),))
+    assert small.report.difference < 1e-6

@@ -24,6 +24,8 @@ def writes(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
+    if getattr(node.target, "__module__", None) == "_operator":  # and_, not_
+        return name in IN_PLACE
     return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE or _inplace(node)
 
 

@@ -15,10 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..compare import difference
 from . import kinds
+from .tracer import Tracer, hooked
 from .walk import Trace
-
-#: torch.nn's own containers with units in them: they are followed step by step where another module calls them
-STEPPED = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 class Untraceable(ValueError):  # noqa: N818 - it says what the network is
@@ -55,55 +53,6 @@ def without_noise(*models: nn.Module, norms: bool = True, leaves: bool = False) 
                 module.training = False
 
 
-def _in_place(name: str) -> Any:
-    """x += y, which torch.fx sees as x = x + y."""
-
-    def write(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return write
-
-
-#: what stands for a tensor while a network is traced
-_Proxy = type("_Proxy", (fx.Proxy,), {f"__{n}__": _in_place(n) for n in ("iadd", "isub", "imul", "itruediv", "ipow")})
-
-
-class _Tracer(fx.Tracer):
-    """Stock modules and known kinds are leaves, but an encoder layer has hidden units: it is followed step by step."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return kinds.of(m).leaf or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if type(m) is nn.TransformerEncoderLayer and not _hooked(m):
-            return _encoder_layer(m, *args, **kwargs)
-        # With masks the encoder looks at their values.
-        if type(m) is nn.TransformerEncoder and not _hooked(m) and len(args) == 1 and not kwargs:
-            (x,) = args
-            for layer in m.layers:
-                x = layer(x)
-            return x if m.norm is None else m.norm(x)
-        return super().call_module(m, forward, args, kwargs)
-
-
-def _encoder_layer(
-    m: Any, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
-) -> Any:
-    """nn.TransformerEncoderLayer.forward without its tests of the input, which torch.fx cannot follow."""
-
-    def attention(x: Any) -> Any:
-        return m._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
-
-    if m.norm_first:
-        x = src + attention(m.norm1(src))
-        return x + m._ff_block(m.norm2(x))
-    x = m.norm1(src + attention(src))
-    return m.norm2(x + m._ff_block(x))
-
-
 class _Shapes(fx.Interpreter):
     """Runs the traced graph and notes the shape of every tensor in it."""
 
@@ -125,7 +74,8 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
         try:
             parameters = list(inspect.signature(model.forward).parameters.values())[len(inputs) :]
             fixed = {p.name: p.default for p in parameters if p.default is not p.empty}
-            graph = _Tracer().trace(model, concrete_args=fixed or None)
+            graph = Tracer(inputs).trace(model, concrete_args=fixed or None)
+            _without_defaults(graph, len(inputs))
             without_noise(model, leaves=True)  # whatever else asks for its mode was traced in it
             interpreter = _Shapes(model, graph)
             with torch.random.fork_rng(devices=[x.device for x in inputs if x.device.type == "cuda"]):
@@ -147,8 +97,15 @@ def _agree(a: Any, b: Any) -> bool:
     return not both or not a.is_floating_point() or difference(a, b) <= 1e-3
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _without_defaults(graph: fx.Graph, inputs: int) -> None:
+    """Arguments that keep their defaults are none of the traced network, and neither is what torch.fx says of them."""
+    for node in [node for node in graph.nodes if node.op == "placeholder"][inputs:]:
+        after = [node]
+        for n in after:
+            after += [user for user in n.users if user not in after]
+        if all(n is node or n.target is operator.eq or "_assert" in getattr(n.target, "__name__", "") for n in after):
+            for n in reversed(after):
+                graph.erase_node(n)
 
 
 def _fixed(model: nn.Module, graph: fx.Graph) -> set[str]:
@@ -159,7 +116,7 @@ def _fixed(model: nn.Module, graph: fx.Graph) -> set[str]:
     return read | {
         name
         for name, module in model.named_modules()
-        if _hooked(module)
+        if hooked(module)
         or any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None)
         or (calls[name] > 1 and (module._parameters or module._buffers))
     }

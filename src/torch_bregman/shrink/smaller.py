@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import require_whole
-from ..network.trace import STEPPED
+from ..network.tracer import STEPPED
 from ..network.wrapped import DENSER, bare, is_average
 from ..optim.unwrapped import unwrapped
 from ..part import Piece
