@@ -189,6 +189,54 @@ def test_a_model_of_ones_own(inside, tmp_path, arrays):
     assert rows_of(next((tmp_path / "runs").iterdir()))[-1]["weights"] == 100
 
 
+def test_a_model_and_data_of_the_current_folder_are_found_by_the_command(tmp_path):
+    """-P: the folder is not on the path of Python, as in the command that pip writes."""
+    lines = "import numpy, torch\ndef make(shape, classes):\n    return torch.nn.Linear(shape[0], classes)\n"
+    lines += "def data():\n    return {'x': numpy.random.rand(60, 4), 'y': numpy.arange(60) % 3}\n"
+    (tmp_path / "mynet.py").write_text(lines)
+    script = "from torch_bregman.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, "train", "mynet:data", "--model", "mynet:make", "--epochs", "1"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nonet:make", ["there is no module 'nonet' in ", "PYTHONPATH"]),
+        ("own.nonet:make", ["there is no module 'own.nonet'"]),
+        ("own.needs:make", ["ModuleNotFoundError, No module named 'nonsense'", "needs.py, line 1"]),
+        ("own.broken:make", ["SyntaxError"]),
+        ("own.fine:other", ["own.fine has no 'other'"]),
+        ("own.fine:NUMBER", ["NUMBER is int"]),
+        ("own.fine:", ["has no ''"]),
+        (":make", ["expected package.module:function"]),
+        (".fine:make", ["expected package.module:function"]),
+        ("own.fine:make", ["TypeError, make() takes 0 positional arguments"]),
+        ("own.fine:fails", ["ZeroDivisionError", "fine.py, line 5"]),
+        ("own.fine:number", ["returned int; expected a torch.nn.Module"]),
+    ],
+)
+def test_what_is_wrong_with_a_model_of_ones_own(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "needs.py").write_text("import nonsense\n")
+    (tmp_path / "own" / "broken.py").write_text("def make(:\n")
+    (tmp_path / "own" / "fine.py").write_text(
+        "NUMBER = 3\ndef make():\n    pass\ndef fails(shape, classes):\n    1 / 0\ndef number(*_):\n    return 3\n"
+    )
+    before = list(sys.path)
+    with pytest.raises(ValueError, match=r"Invalid `model`") as error:
+        build(name, (4,), 3)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert sys.path == before
+    for module in [module for module in sys.modules if module == "own" or module.startswith("own.")]:
+        del sys.modules[module]
+
+
 # ---------------------------------------------------------------------- networks that do not fit
 
 

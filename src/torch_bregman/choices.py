@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,12 +23,40 @@ def choose(what: str, name: str, options: Iterable[str]) -> str:
 
 
 def imported(what: str, name: str) -> Callable[..., Any]:
-    """The function that "package.module:function" names, else a ValueError."""
+    """The function that "package.module:function" names, else a ValueError.
+
+    Modules of the current folder are found as with `python -m`, also by the command of an environment.
+    """
     module, _, function = name.partition(":")
+    here, at = os.getcwd(), f"Invalid `{what}`: {name!r}; "
+    importlib.invalidate_caches()  # the file may be newer than the process
+    sys.path.insert(0, here)
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"Invalid `{what}`: {name!r}; expected package.module:function ({error}).") from None
+        found = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # a module that it imports itself
+            raise ValueError(f"{at}{told(error)}") from error
+        raise ValueError(
+            f"{at}expected package.module:function, but there is no module {error.name!r} in {here} or on the path of "
+            "Python (PYTHONPATH)."
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{at}expected package.module:function; {told(error)}") from error
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        problem = f"{module} has no {function!r}" if found is None else f"{function} is {type(found).__name__}"
+        raise ValueError(f"{at}expected package.module:function, but {problem}.")
+    return found
+
+
+def called(what: str, name: str, *args: object) -> Any:
+    """What the function "package.module:function" returns; what goes wrong in it is a ValueError with its line."""
+    function = imported(what, name)
+    try:
+        return function(*args)
+    except Exception as error:
+        raise ValueError(f"Invalid `{what}`: {name!r}; {told(error)}") from error
 
 
 def told(error: Exception) -> str:

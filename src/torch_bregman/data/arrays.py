@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torch_bregman.choices import imported
+from torch_bregman.choices import called
 from torch_bregman.data.errors import DataError
 from torch_bregman.data.layouts import CHANNELS, as_images, family, place_of_channels
 from torch_bregman.data.normalise import Array, pieces
@@ -32,7 +32,7 @@ def read(path: Path) -> Raw:
 def call(name: str) -> Raw:
     """The arrays that the function "package.module:function" returns by name; the rules are those of `read`."""
     try:
-        made = imported("dataset", name)()
+        made = called("dataset", name)
     except ValueError as error:
         raise DataError(str(error)) from None
     if not isinstance(made, Mapping):

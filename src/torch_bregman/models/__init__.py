@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..choices import choose, imported
+from ..choices import called, choose
 from .resnet import resnet18
 from .shapes import Shape, image_shape
 from .skip import densenet, skipencoder
@@ -82,7 +82,7 @@ def build(name: str, shape: Shape, classes: int) -> nn.Module:
     """
     if ":" not in name:
         return MODELS[choose("model", name, MODELS)](shape, classes)
-    model = imported("model", MOVED.get(name, name))(shape, classes)
+    model = called("model", MOVED.get(name, name), shape, classes)
     if not isinstance(model, nn.Module):
         raise ValueError(f"Invalid `model`: {name!r} returned {type(model).__name__}; expected a torch.nn.Module.")
     return model
