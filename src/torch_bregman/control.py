@@ -154,7 +154,9 @@ class Scope:
     def missed(self, optimizer: RegularizedOptimizer) -> str:
         """Why fewer or more weights than asked for are alive after landing; empty where they are not, or by a group."""
         wanted, alive = self.target * self.size, sum(count_nonzero(self.weights))
-        if not optimizer.has_dual or abs(alive - wanted) <= max(0.01 * wanted, 1):
+        penalties = [optimizer.regularizers[i] for i in self.groups]
+        single = all(reg is not None and reg.unit == "entry" for reg in penalties)
+        if not optimizer.has_dual or not single or abs(alive - wanted) <= max(0.01 * wanted, 1):
             return ""
         states = [optimizer.state.get(p, {}) for p in self.weights]
         if alive > wanted:
@@ -260,7 +262,7 @@ class TargetDensity:
         # Short runs need λ moved more often: at least a hundred times.
         self.every = every or (min(50, max(1, (total_steps or 5000) // 100)) if mode == "feedback" else 1)
         self.damping, self.ramp, self.settle = damping, ramp, settle
-        self.steps, self._before, self._due = 0, 0, False
+        self._taken, self._before, self._due = 0, 0, False
         self._skipped = 0  # calls of `step` for which the optimizer had taken none
         self._seen = max(0, optimizer.steps_taken - 1)  # the first call may be for a step that was taken before
         self._said = False
@@ -333,7 +335,9 @@ class TargetDensity:
         if not moved:
             raise ValueError("`optimizer` regularises no weights, so there is no λ to move; see tb.param_groups.")
         # A group with λ = 0 beside others with λ > 0 was left unregularised on purpose.
-        also = [] if positive else [i for i, reg in enumerate(regularizers) if reg is not None and i not in moved]
+        # A group without weights that count, and without a λ of its own, takes that of the others.
+        others = (i for i, reg in enumerate(regularizers) if reg is not None and i not in moved)
+        also = [] if positive else [i for i in others if not _any_positive(groups[i]["lam"])]
         yield density, positive or moved, [p for some in weights for p in some], also
 
     def _warn_outside(self, counted: set[int]) -> None:
@@ -361,8 +365,9 @@ class TargetDensity:
         if [len(group["params"]) for group in self.optimizer.param_groups] != self._held:
             self._take_in()
         taken, self._seen = self.optimizer.steps_taken - self._seen, self.optimizer.steps_taken
+        self._before = self.steps
         self._skipped += not taken
-        self._before, self.steps = self.steps, self.steps + taken
+        self._taken += taken
         levels = self.optimizer.levels
         if levels is None:
             self._act(now=self._due, learnt=taken > 0)
@@ -382,11 +387,17 @@ class TargetDensity:
         return self.steps // count > self._before // count
 
     @property
+    def steps(self) -> int:
+        """Steps so far: those that the optimizer took, and a few that a scaler skipped, for the loop counts them too.
+
+        Where more calls than not find no step, gradients are accumulated, and those calls are none.
+        """
+        return self._taken + (self._skipped if self._skipped < self._taken else 0)
+
+    @property
     def ended(self) -> bool:
-        """Whether `total_steps` are through. A few steps that a scaler skipped count, for the loop counts them too."""
-        if self.total_steps is None:
-            return False
-        return self.steps + (self._skipped if 2 * self._skipped < self.steps else 0) >= self.total_steps
+        """Whether `total_steps` are through."""
+        return self.total_steps is not None and self.steps >= self.total_steps
 
     def catch_up(self) -> None:
         """Move λ if it should have been moved while only a part of the weights was there (see `Multilevel`)."""
@@ -461,12 +472,19 @@ class TargetDensity:
     def state_dict(self) -> dict[str, Any]:
         """Plain values; λ itself is in the optimizer's state."""
         scopes = [[s.start, s.searching, s.gain, s.side] for s in self._scopes]
-        return {"steps": self.steps, "due": self._due, "scopes": scopes}
+        return {"steps": self._taken, "skipped": self._skipped, "uncounted": self._uncounted, "due": self._due,
+                "scopes": scopes}  # fmt: skip
+
+    @property
+    def _uncounted(self) -> int:
+        """Steps that the optimizer took since the last call."""
+        return self.optimizer.steps_taken - self._seen if self._taken else min(1, self.optimizer.steps_taken)
 
     def leave_place(self, groups: list[dict[str, Any]]) -> None:
         """Write the place in the schedule into the groups of the optimizer's `state_dict()`."""
         for scope in self._scopes:
-            values = [scope.target, self.steps, self._due, scope.start, scope.searching, scope.gain, scope.side]
+            place = [self._taken, self._skipped, self._uncounted, self._due]
+            values = [scope.target, *place, scope.start, scope.searching, scope.gain, scope.side]
             for i in scope.groups:
                 groups[i][PLACE] = values
 
@@ -478,10 +496,13 @@ class TargetDensity:
         places = [place for place in found if place is not None]
         if self.steps or len(places) < len(found):
             return
-        steps, due = places[0][1:3]
+        steps, skipped, uncounted, due = places[0][1:5]
         others = [place[0] for place in places] != [scope.target for scope in self._scopes]
         if not others and (self.total_steps is None or steps < self.total_steps):  # else it was another schedule
-            self.load_state_dict({"steps": steps, "due": due, "scopes": [place[3:] for place in places]})
+            scopes = [place[5:] for place in places]
+            self.load_state_dict(
+                {"steps": steps, "skipped": skipped, "uncounted": uncounted, "due": due, "scopes": scopes}
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict()` was taken. Raises ValueError where the targets are not as many."""
@@ -489,8 +510,9 @@ class TargetDensity:
             raise ValueError(
                 f"`state_dict` has {len(state_dict['scopes'])} targets; this controller has {len(self._scopes)}."
             )
-        self.steps, self._due = state_dict["steps"], state_dict.get("due", False)
-        self._seen = self.optimizer.steps_taken
+        self._taken, self._skipped = state_dict["steps"], state_dict.get("skipped", 0)
+        self._seen = self.optimizer.steps_taken - state_dict.get("uncounted", 0)
+        self._due = state_dict.get("due", False)
         for scope, values in zip(self._scopes, state_dict["scopes"], strict=True):
             scope.start, scope.searching, scope.gain, scope.side = values
 
