@@ -178,6 +178,51 @@ def test_what_cannot_be_exported_leaves_no_file(ending, model, inputs, message, 
     assert capfd.readouterr() == ("", "")  # the reason is in the error, not on the screen
 
 
+class Values(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(x.T @ x) + x
+
+
+class Histogram(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.histc(x, 4) + x.sum()
+
+
+class Cache:
+    """As the cache of a language model: no tensor, and none that torch knows."""
+
+
+class Caches(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Cache]:
+        return super().forward(x), Cache()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Values(), r"aten\._linalg_eigh in 1 \(Values\): ONNX has no operator for it; write it with other operations"),
+        (
+            Histogram(),
+            r"aten\.histc in 1 \(Histogram\): .*min == max.*; write it with other operations, or use save_pro",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_what_onnx_does_not_have_is_named_with_its_module(model, message, tmp_path):
+    network = nn.Sequential(nn.Linear(3, 3), model)
+    with pytest.raises(ValueError, match=f"`model` cannot be written as ONNX: {message}") as caught:
+        save_onnx(network, torch.ones(2, 3), tmp_path / "net.onnx")
+    assert "\x1b" not in str(caught.value)  # colours of a terminal
+    assert str(caught.value).count("\n") == 0
+    save_program(network, torch.ones(2, 3), tmp_path / "net.pt2")
+
+
+@pytest.mark.parametrize("ending", SAVE)
+def test_what_is_returned_beside_tensors_is_named(ending, tmp_path):
+    with pytest.raises(ValueError, match=r"it returns a Cache, which torch.export does not know; .*use_cache = False"):
+        SAVE[ending](Caches(3, 2), torch.ones(2, 3), tmp_path / f"net{ending}")
+
+
 @pytest.mark.parametrize("opset", [3, 17, 99, 20.0, True])
 def test_a_wrong_opset(opset, tmp_path):
     with pytest.raises(ValueError, match=r"Invalid `opset`: .*; expected"):

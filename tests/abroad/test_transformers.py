@@ -173,3 +173,33 @@ def test_a_trained_network_becomes_the_start_by_pruning():
     kept = {key: p != 0 for key, p in matrices(model).items()}
     for key, p in matrices(dense).items():
         assert torch.equal(matrices(model)[key][kept[key]], p[kept[key]])
+
+
+def test_what_onnx_lacks_is_named_with_the_line_that_does_without(tmp_path):
+    pytest.importorskip("onnxscript")
+    model = build("mixtral").eval()
+    ids = next(iter(batches("mixtral", 1)))["input_ids"]
+    with pytest.raises(ValueError, match=r"it returns a DynamicCache.*model.config.use_cache = False"):
+        tb.save_onnx(model, ids, tmp_path / "net.onnx")
+    model.config.use_cache = False
+    with pytest.raises(ValueError, match=r"grouped_mm.* in model.layers.0.mlp.experts \(MixtralExperts\)") as caught:
+        tb.save_onnx(model, ids, tmp_path / "net.onnx")
+    assert 'model.set_experts_implementation("batched_mm")' in str(caught.value)
+    model.set_experts_implementation("batched_mm")
+    tb.save_onnx(model, ids, tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_inference_is_sparse_on_tokens(name, monkeypatch):
+    monkeypatch.setattr("torch_bregman.inference.choice.seconds_of", lambda jobs, seconds=0.0, of=min: {
+        job: 1e-6 if job.startswith("sparse") else 1e-3 for job in jobs
+    })  # fmt: skip
+    model = build(name).eval()
+    tb.sparse_init_(model, 0.05)
+    ids = next(iter(batches(name, 1)))["input_ids"]
+    fast = tb.optimize_for_inference(model, (ids,))
+    layers = {row.name: row.chosen for row in fast.report.layers}
+    assert set(layers.values()) == {"sparse"}, fast.report
+    assert {layer.name.removesuffix(".weight") for layer in tb.sparsity_report(model).layers} <= layers.keys()
+    for given in (ids, ids[:3, :5]):
+        torch.testing.assert_close(fast(given).logits, model(given).logits, rtol=0, atol=1e-5)

@@ -25,6 +25,7 @@ from ..extras import needs_extra
 from ..files import write_atomically
 from ..network.copied import copied
 from ..network.wrapped import bare
+from .reasons import onnx_reason, reason
 
 __all__ = ["save_onnx", "save_program"]
 
@@ -80,7 +81,7 @@ def save_onnx(
                 dynamic_shapes=shapes, **names,
             )  # fmt: skip
         except Exception as error:
-            raise ValueError(f"`model` cannot be written as ONNX: {reason(error)}") from error
+            raise ValueError(f"`model` cannot be written as ONNX: {onnx_reason(error, program)}") from error
         content = made.model_proto.SerializeToString()
         try:
             onnx.checker.check_model(content, full_check=True)
@@ -155,18 +156,6 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.E
 def _blank(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Inputs of the same kind without the values, which an archive would keep; two rows, as one is taken for fixed."""
     return tuple(torch.zeros_like(x) for x in rows_of(inputs, max(2, _batch(inputs))))
-
-
-def reason(error: Exception) -> str:
-    """One sentence of what torch says on many lines."""
-    text = str(error)
-    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__:
-        place = next((line.strip() for line in reversed(text.splitlines()) if line.strip().startswith("File ")), "")
-        return f"its path depends on the values of the inputs{f' ({place})' if place else ''}."
-    if "Constraints violated" in text or "specialized" in text:
-        return "it works with one batch size only (a number of samples is written into its computation)."
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
 
 
 # ---- checking

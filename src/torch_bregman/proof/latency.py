@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..export.formats import reason, silence
+from ..export.formats import silence
+from ..export.reasons import reason
 from ..timing import race, without_collection
 from .contenders import Call, Maker
 from .figures import DENSE, SPARSE, Latency
