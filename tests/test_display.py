@@ -50,6 +50,21 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[6] == "saved [bold]x[/bold]"
 
 
+def test_of_a_brief_run_the_last_epoch_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display(3, 10, asked=None, title="dense twin", brief=True) as display:
+        for epoch in range(4):
+            display.epoch(row(epoch))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["dense", "epoch", "3"]
+    console, file = terminal()
+    with Display(3, 10, asked=None, console=console, brief=True) as display:
+        for epoch in range(4):
+            display.epoch(row(epoch))
+    last = file.getvalue().rpartition("epoch")[0].rpartition("val acc.")[2]
+    assert "0.weight" not in file.getvalue()
+    assert last.count("97.00%") == 1
+
+
 @pytest.mark.parametrize("asked", [None, 0.05])
 def test_quiet_is_plain_on_a_terminal_too(asked: float | None) -> None:
     console, file = terminal()

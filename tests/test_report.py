@@ -366,6 +366,21 @@ def test_terminal_summary_of_a_multilevel_run(run: Path) -> None:
     assert "45.00 % of dense FLOPs   1,200 fine and 4,800 coarse steps" in text
 
 
+def test_what_is_not_counted_is_said(run: Path) -> None:
+    said = "90 of 120 matrix entries are counted, without <x> (not known; 30)"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    end = next(row for row in rows if row.get("event") == "end")
+    end["uncounted"] = said
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "90 of 120 matrix entries are counted, without &lt;x&gt; (not known; 30)." in page
+    from rich.console import Console
+
+    console = Console(width=120, file=io.StringIO())
+    console.print(terminal_summary(run))
+    assert "90 of 120 matrix entries" in console.file.getvalue()
+
+
 def test_words() -> None:
     assert [percent(v) for v in (0.05, 1.0, 0.00123, 0.0000456, 0.0)] == [
         "5.00 %", "100.00 %", "0.123 %", "0.00456 %", "0.00 %"]  # fmt: skip

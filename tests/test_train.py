@@ -58,6 +58,11 @@ def test_the_main_job_on_digits(command, inside, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert "asked 5.00 %" in done.stdout
+    lines = done.stdout.splitlines()
+    (twin,) = [i for i, line in enumerate(lines) if line.startswith("dense twin: ")]
+    assert lines[twin + 2].split()[0] == "40"  # its last epoch, and no other
+    assert lines[twin + 3].startswith("╭")
+    assert "matrix entries" not in done.stdout  # all of them are counted
     (run,) = (tmp_path / "runs").iterdir()
     *rows, end = rows_of(run)
     assert [row["epoch"] for row in rows] == list(range(41))
@@ -307,6 +312,40 @@ def test_the_trial_leaves_no_trace(tmp_path):
     assert model.training
     assert least_samples(nn.Sequential(nn.Unflatten(1, (1, 20)), nn.BatchNorm1d(1)), x) == 1  # of one: 20 values
     assert least_samples(nn.Linear(20, 5), x) == 1
+
+
+class Table(nn.Module):
+    """A matrix that is no weight of a layer."""
+
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.layer, self.table = nn.Linear(*shape, classes), nn.Parameter(torch.zeros(*shape, classes))
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.table
+
+
+def test_what_no_density_counts_is_said(inside, tmp_path, arrays):
+    with pytest.warns(UserWarning, match="matrix entries"):
+        done = inside("train", arrays, "--model", "test_train:Table", "--epochs", 1, "--density", 0.3, "--out", "r")
+    assert done.returncode == 0, done.stderr
+    assert "100 of 200 matrix entries are counted, without table" in done.stdout.splitlines()[1]
+    assert "100 of 200 matrix entries" in rows_of(tmp_path / "r")[-1]["uncounted"]
+
+
+def test_images_that_are_left_out_are_said(inside, tmp_path):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        for k in range(10):
+            pixels = np.random.RandomState(k).randint(0, 256, (4, 6)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "animals" / name / f"{k}.png")
+    (tmp_path / "animals" / "dog" / "a.heic").write_bytes(b"")
+    done = inside("train", "animals", "--epochs", 1, "--optimizer", "adam", "--out", "r")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "left out of dog/: 1 .heic"
+    assert "note" in done.stdout
 
 
 def test_a_batch_norm_needs_two_samples(inside, tmp_path, arrays):
@@ -628,3 +667,6 @@ def test_help_teaches(inside):
     assert done.returncode == 0
     for word in ("--density", "--resume", "--compare", "0.05 for 5 %", "torch-bregman train mnist --density 0.02"):
         assert word in " ".join(done.stdout.split())
+    assert "--dataset" not in done.stdout  # it stands first; files of --config have it
+    named = set(re.findall(r"runs/([a-z][\w.%-]+)", done.stdout))
+    assert named == {"mnist-mlp-adabreg-0.05"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import cyclopts
@@ -19,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command; errors a person can act on are one sentence and exit code 1, never a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"Warning: {message}\n"  # without lines of code that nobody here wrote
     try:
         argv = expand_resume(argv)
         app.config = None  # of an earlier call
@@ -40,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         errors.print(_error(f"{error.strerror or error}: {error.filename or ''}"))
         sys.exit(1)
+    finally:
+        warnings.formatwarning = plain
 
 
 def expand_resume(argv: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,12 +22,19 @@ from .app import app
 from .runs import begun_before, finished, new_run, read_recipe
 
 
+@dataclass(frozen=True)
+class Options(Recipe):
+    """A recipe as the command line has it: the data set stands first, and --dataset is for files of --config."""
+
+    dataset: Annotated[str, Parameter(show=False)] = "digits"
+
+
 @app.command
 def train(
     dataset: str | None = None,
     /,
     *,
-    recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 - frozen
+    options: Annotated[Options, Parameter(name="*")] = Options(),
     compare: bool = False,
     data_root: Path | None = None,
     out: Annotated[Path | None, Parameter(alias="-o")] = None,
@@ -46,8 +53,8 @@ def train(
     * `torch-bregman train mnist --density 0.02 --compare` - 2 %, beside the dense twin.
     * `torch-bregman train fashion-mnist --model convnet --regularizer group-l1` - whole kernels instead of entries.
     * `torch-bregman train mine.npz --model my_package.nets:make` - your arrays (x_train, y_train, …), your network.
-    * `torch-bregman train --resume runs/mnist-mlp-5%` - go on after Ctrl-C, a crash or a power cut.
-    * `torch-bregman train --config runs/mnist-mlp-5%/recipe.toml` - the same run again.
+    * `torch-bregman train --resume runs/mnist-mlp-adabreg-0.05` - go on after Ctrl-C, a crash or a power cut.
+    * `torch-bregman train --config runs/mnist-mlp-adabreg-0.05/recipe.toml` - the same run again.
     * `torchrun --standalone --nproc-per-node 2 -m torch_bregman train mnist --strategy ddp` - on two GPUs, or in two
       processes on the CPU.
 
@@ -55,9 +62,9 @@ def train(
     ----------
     dataset
         digits, mnist, fashion-mnist, cifar10; a path: an .npz with your arrays, or a folder of images; or
-        package.module:function of your own, which returns a dict of arrays as in such an .npz.
+        package.module:function of your own, which returns a dict of arrays as in such an .npz. [digits]
     compare
-        Train the dense twin too, with Adam, and show both.
+        Train the dense twin too, with Adam, and show both. Of its epochs the last is shown; RUN/dense has them all.
     data_root
         A folder that already holds the files, one folder per data set (DIR/mnist/train-images-idx3-ubyte.gz …), instead
         of downloading them.
@@ -75,19 +82,20 @@ def train(
     timeout
         With --strategy: seconds after which a process that does not answer is given up.
     """
-    recipe = read_recipe(resume) if resume else replace(recipe, dataset=dataset or recipe.dataset).check()
+    given = asdict(options) | ({"dataset": dataset} if dataset else {})
+    recipe = read_recipe(resume) if resume else Recipe(**given).check()
     if dataset not in (None, recipe.dataset):
         raise RunError(f"The run {resume} is of {recipe.dataset}; --resume cannot go on with {dataset}.")
     with start(strategy, recipe, timeout) as ranks:
         run = ranks.on_first(lambda: resume or begun_before(out, recipe) or new_run(out, recipe, data_root, compare))
         if data_root is None and (run / "data-root").exists():
             data_root = Path((run / "data-root").read_text())
-        options: dict[str, Any] = {"data_root": data_root, "quiet": quiet, "ranks": ranks}
+        how: dict[str, Any] = {"data_root": data_root, "quiet": quiet, "ranks": ranks}
         try:
-            end = ranks.on_first(lambda: finished(run)) or fit(recipe, run, title=title(recipe), **options)
+            end = ranks.on_first(lambda: finished(run)) or fit(recipe, run, title=title(recipe), **how)
             if ranks.on_first(lambda: (compare or (run / "dense").exists()) and not finished(run / "dense")):
                 twin = recipe.twin()
-                fit(twin, run / "dense", title=f"dense twin: {title(twin)}", **options)
+                fit(twin, run / "dense", title=f"dense twin: {title(twin)}", brief=True, **how)
         except (DataError, ValueError):
             if resume is None and ranks.first and not (run / "metrics.jsonl").exists():
                 shutil.rmtree(run)  # it was new, and nothing was trained in it

@@ -90,6 +90,7 @@ def write_report(run: str | Path) -> Path:
         patterns_left_out=len(patterns) - len(shown[: plots.MAX_LAYERS]),
         layers=[layers[name] for name in record.layers],
         choices=_choices(record),
+        uncounted=clean((record.end or {}).get("uncounted") or "", 500),
         last_epoch=number(record.last.get("epoch")),
         recipe=[(clean(key), _value(value)) for key, value in record.recipe.items()],
         note=clean((record.end or {}).get("note") or "", 500),

@@ -128,6 +128,8 @@ def terminal_summary(run: str | Path) -> "RenderableType":
     note = clean((record.end or {}).get("note") or ("" if record.end else "this run has not ended"), 200)
     if note:
         grid.add_row("note", Text(note))
+    if uncounted := clean((record.end or {}).get("uncounted") or "", 200):
+        grid.add_row("density", Text(uncounted))
     report = record.path / "report.html"
     if report.is_file():
         grid.add_row("report", Text(str(report)))

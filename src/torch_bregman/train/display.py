@@ -29,8 +29,8 @@ class Display:
     """Live table and progress bar on a terminal; one plain line per epoch where output is no terminal (or quiet).
 
     `epochs`, `steps_per_epoch`: the length of the whole run. `asked`: the density asked for, or None. `console`: a rich
-    console to write to, else standard output. `silent`: write nothing. Use it as a context manager: the terminal is
-    restored on every way out.
+    console to write to, else standard output. `silent`: write nothing. `brief`: of the epochs the last one alone. Use
+    it as a context manager: the terminal is restored on every way out.
 
     The training loop only counts, in `advance`. Rendering happens in rich's thread, four times a second, from numbers
     that the loop has already brought to the CPU. Where rich is not installed the plain lines are written.
@@ -46,13 +46,14 @@ class Display:
         quiet: bool = False,
         title: str = "",
         silent: bool = False,
+        brief: bool = False,
     ) -> None:
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self.asked = asked
         self.title = clean(title, 100)
         self._file = console.file if console is not None else sys.stdout
-        self._silent = silent
+        self._silent, self._brief = silent, brief
         self._console = None if quiet or silent else console if console is not None else _terminal()
         if self._console is not None and (not self._console.is_terminal or self._console.is_dumb_terminal):
             self._console = None
@@ -100,11 +101,11 @@ class Display:
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Add the line of an epoch, as metrics.jsonl holds it; keys that are missing leave a gap."""
-        self._rows = (*self._rows, row)[-ROWS:]
+        self._rows = (*self._rows, row)[-1 if self._brief else -ROWS :]
         done = number(row.get("epoch"))
         if done is not None:  # a partial batch or a skipped step must not let the bar drift
             self._steps = round(done * self.steps_per_epoch)
-        if self._console is None:
+        if self._console is None and not (self._brief and done != self.epochs):
             self._plain(row)
 
     def message(self, text: str) -> None:
@@ -155,7 +156,7 @@ class Display:
         from rich.table import Table
         from rich.text import Text
 
-        layers = self._layer_bars(rows[-1]) if rows else None
+        layers = self._layer_bars(rows[-1]) if rows and not self._brief else None
         beside = width >= 104
         room = height - 7 - (0 if beside or layers is None else layers.row_count + 1)
         key, heading = _measure(rows)

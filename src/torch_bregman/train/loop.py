@@ -18,7 +18,7 @@ from .device import pick_device
 from .display import Display
 from .errors import RunError, Stopped
 from .finite import check_losses, check_weights
-from .measures import end_row, epoch_row, work
+from .measures import end_row, epoch_row, uncounted, work
 from .metrics import Metrics
 from .ranks import ONE_PROCESS, Processes, StatusChecks
 from .recipe import Recipe
@@ -34,10 +34,11 @@ SSIM_IMAGES = 1000  # of the validation data in every epoch; of the test data al
 
 def fit(
     recipe: Recipe, run: Path, *, data_root: Path | None = None, quiet: bool = False, title: str = "",
-    ranks: Processes = ONE_PROCESS,
+    brief: bool = False, ranks: Processes = ONE_PROCESS,
 ) -> dict[str, Any]:  # fmt: skip
     """Train what `recipe` says in the folder `run`, going on from a checkpoint there; returns its last metrics row.
 
+    `brief`: show the last epoch alone, as of a dense twin.
     `ranks`: the processes that train together, in which case all of them call this; see `ranks.start`.
 
     Raises RunError for what a person can act on, Stopped after Ctrl-C or SIGTERM.
@@ -56,7 +57,8 @@ def fit(
     model, data, steps_per_epoch = training.model, training.data, training.steps_per_epoch
 
     with Display(
-        recipe.epochs, steps_per_epoch, asked=training.asked, quiet=quiet, title=title, silent=not ranks.first
+        recipe.epochs, steps_per_epoch, asked=training.asked, quiet=quiet, title=title, silent=not ranks.first,
+        brief=brief,
     ) as display, checkpoints_of(run, display.message, ranks) as checkpoints:  # fmt: skip
         if (saved := checkpoints.load(model, training.optimizer)) is not None:
             check_same_recipe(recipe, saved["recipe"], checkpoints.path)
@@ -64,6 +66,9 @@ def fit(
             for row in training.rows[-12:]:
                 display.epoch(row)
             display.message(f"Resumed {run} at epoch {training.epoch}, step {training.batch} of {steps_per_epoch}.")
+        elif not brief:
+            for text in filter(None, (data.note, uncounted(model))):
+                display.message(text)
         if training.levels and not kernels.available():
             display.message("Without the extra 'fast' only dead units make --multilevel faster.")
         elif training.levels and device.type == "cpu" and not kernels.compiled_before("csr"):

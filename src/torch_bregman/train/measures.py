@@ -54,7 +54,8 @@ def end_row(training: Training, scores: dict[str, float], seconds: float) -> dic
         "kept_linear": share([layer.weights for layer in report.layers if len(layer.shape) == 2]),
         "kept_kernels": share([report.kernels]),
         "best_epoch": best.get("epoch"), "lam": training.rows[-1]["lam"], "seconds": round(seconds, 3),
-        "note": data.note, "dense_flops": training_flops(forward, {}, samples), **work(levels),
+        "note": data.note, "uncounted": uncounted(model),
+        "dense_flops": training_flops(forward, {}, samples), **work(levels),
         "sparse_flops": sparse_flops(forward, samples, training.rows, training.rival, levels),
     }  # fmt: skip
     if gates := skips(model):
@@ -62,6 +63,12 @@ def end_row(training: Training, scores: dict[str, float], seconds: float) -> dic
     if levels:
         end["choices"] = levels.report.rows()
     return end
+
+
+def uncounted(model: nn.Module) -> str:
+    """Which matrices the density does not count, and how many entries it counts; nothing where it counts all."""
+    report = sparsity_report(model)
+    return report.coverage.partition("; ")[0] if report.outside else ""  # then: how to name them in a loop of one's own
 
 
 @torch.no_grad()
