@@ -761,6 +761,20 @@ def test_corrupt_npz_files_are_named(tmp_path: Path, damage: str):
         load(str(path))
 
 
+def ragged() -> dict[str, object]:
+    return {"x": [[1, 2], [3]], "y": [0, 1]}
+
+
+def of_a_graph() -> dict[str, object]:
+    return {"x": torch.ones(4, 2, requires_grad=True), "y": [0, 1, 0, 1]}
+
+
+@pytest.mark.parametrize("name", ["ragged", "of_a_graph"])
+def test_what_makes_no_array_is_named(name: str):
+    with pytest.raises(DataError, match=f"test_data:{name}: x is (list|Tensor), which makes no array"):
+        load(f"test_data:{name}")
+
+
 # Image folders
 
 

@@ -222,6 +222,8 @@ def test_a_model_and_data_of_the_current_folder_are_found_by_the_command(tmp_pat
         (".fine:make", ["expected package.module:function"]),
         ("own.fine:make", ["TypeError, make() takes 0 positional arguments"]),
         ("own.fine:fails", ["ZeroDivisionError", "fine.py, line 5"]),
+        ("own.fine:lazy", ["weight has no values, it is lazy"]),
+        ("own.fine:meta", ["weight has no values, it is on the meta device"]),
         ("own.fine:number", ["returned int; expected a torch.nn.Module"]),
     ],
 )
@@ -232,6 +234,7 @@ def test_what_is_wrong_with_a_model_of_ones_own(tmp_path, monkeypatch, name, wor
     (tmp_path / "own" / "broken.py").write_text("def make(:\n")
     (tmp_path / "own" / "fine.py").write_text(
         "NUMBER = 3\ndef make():\n    pass\ndef fails(shape, classes):\n    1 / 0\ndef number(*_):\n    return 3\n"
+        "from torch import nn\nlazy = lambda *_: nn.LazyLinear(3)\nmeta = lambda *_: nn.Linear(4, 3, device='meta')\n"
     )
     before = list(sys.path)
     with pytest.raises(ValueError, match=r"Invalid `model`") as error:
@@ -272,6 +275,7 @@ ODD = {
     "images": lambda out, training: out[..., None, None],
     "whole": lambda out, training: out.argmax(1),
     "raises": lambda out, training: out @ out,
+    "detached": lambda out, training: out.detach(),
 }
 
 
@@ -290,6 +294,7 @@ def __getattr__(name):  # odd_few and so on
         ("trains", ["in training mode", "returns a tuple"]),
         ("images", ["the shape [2, 5, 1, 1]"]),
         ("whole", ["torch.int64", "floating point"]),
+        ("detached", ["returns what no parameter can change"]),
         ("raises", ["fails on samples of shape [20]: RuntimeError, mat1", "test_train.py, line"]),
     ],
 )
@@ -346,6 +351,20 @@ def test_images_that_are_left_out_are_said(inside, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1] == "left out of dog/: 1 .heic"
     assert "note" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--augment", "shift"], ["`augment`: 'shift' is for images", "[20]"]),
+        (["--seed", 10**20], ["`seed`"]),
+    ],
+)
+def test_options_that_do_not_fit_leave_no_run(inside, tmp_path, arrays, options, words):
+    done = inside("train", arrays, *options, "--epochs", 1)
+    assert done.returncode == 1
+    assert all(word in done.stderr for word in words), done.stderr
+    assert not list((tmp_path / "runs").glob("*"))
 
 
 def test_a_batch_norm_needs_two_samples(inside, tmp_path, arrays):

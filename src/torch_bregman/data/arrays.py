@@ -37,7 +37,13 @@ def call(name: str) -> Raw:
         raise DataError(str(error)) from None
     if not isinstance(made, Mapping):
         raise DataError(f"{name}: returned {type(made).__name__}; expected a dict of arrays, x_train, y_train, ….")
-    return check(name, name.rpartition(":")[2], {str(key): np.asarray(array) for key, array in made.items()})
+    arrays = {}
+    for key, value in made.items():
+        try:
+            arrays[str(key)] = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors of a GPU or of a graph
+            raise DataError(f"{name}: {key} is {type(value).__name__}, which makes no array ({error}).") from None
+    return check(name, name.rpartition(":")[2], arrays)
 
 
 def check(path: Path | str, title: str, arrays: dict[str, Array]) -> Raw:

@@ -85,4 +85,8 @@ def build(name: str, shape: Shape, classes: int) -> nn.Module:
     model = called("model", MOVED.get(name, name), shape, classes)
     if not isinstance(model, nn.Module):
         raise ValueError(f"Invalid `model`: {name!r} returned {type(model).__name__}; expected a torch.nn.Module.")
+    for path, parameter in model.named_parameters():
+        if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
+            how = "is on the meta device" if parameter.is_meta else "is lazy: give the layer its sizes"
+            raise ValueError(f"Invalid `model`: {name!r}; {path} has no values, it {how}.")
     return model

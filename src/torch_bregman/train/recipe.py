@@ -226,6 +226,8 @@ class Recipe:
         check_number("delta", self.delta, strict=True)
         if not isinstance(self.threads, int) or self.threads < 0:
             raise ValueError(f"Invalid `threads`: {self.threads!r}; expected a whole number, 0 for the default.")
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"Invalid `seed`: {self.seed!r}; expected a whole number of 64 bits.")
         for name in ("epochs", "batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

@@ -107,6 +107,11 @@ class Training:
                 f"Invalid `batch_size`: {recipe.batch_size}, of {len(samples)} samples to train on; expected at least "
                 f"{least}, for a batch norm of {recipe.model!r} needs two samples in each process."
             )
+        if recipe.augment != "none" and len(self.data.shape) != 3:
+            raise ValueError(
+                f"Invalid `augment`: {recipe.augment!r} is for images [C, H, W]; the samples have shape "
+                f"{list(self.data.shape)}."
+            )
         augment = None if recipe.augment == "none" else AUGMENTATIONS[recipe.augment]
         return Batches(samples, recipe.batch_size, generator=self.order, augment=augment, least=least)
 

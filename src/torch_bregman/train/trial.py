@@ -20,7 +20,7 @@ def try_out(name: str, model: nn.Module, x: Tensor, classes: int) -> None:
     """
     for mode in (False, True):
         try:
-            with unchanged(model, x.device):
+            with unchanged(model, x.device), torch.set_grad_enabled(mode):
                 out: Any = model.train(mode)(x)
         except Exception as error:
             raise ValueError(
@@ -29,6 +29,11 @@ def try_out(name: str, model: nn.Module, x: Tensor, classes: int) -> None:
         if problem := wrong(out, x, None if denoises(model) else classes):
             where = "training" if mode else "eval"
             raise ValueError(f"Invalid `model`: {name!r} in {where} mode, on {len(x)} samples, returns {problem}.")
+        if mode and not out.requires_grad:
+            raise ValueError(
+                f"Invalid `model`: {name!r} returns what no parameter can change: all that it depends on is frozen or "
+                "detached."
+            )
 
 
 def wrong(out: Any, x: Tensor, classes: int | None) -> str:
