@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import ConstantLR
 
 import torch_bregman as tb
 
-pytestmark = pytest.mark.abroad
+pytestmark = [
+    pytest.mark.abroad,
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning"),
+]
 transformers = pytest.importorskip("transformers", reason="needs the extra `integrations`")
 
 from networks import NAMES, alive, batches, build, matrices, samples  # noqa: E402
@@ -83,7 +87,7 @@ def trained(
         )  # fmt: skip
         trainer = Trainer(
             model, args, train_dataset=samples(name, 160), callbacks=[callback, Stop(last)],
-            optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
+            optimizers=(optimizer, None if "lr_scheduler_type" in options else ConstantLR(optimizer, 1.0)),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         resume = str(folder / f"checkpoint-{last}")
@@ -98,10 +102,17 @@ class Stop(TrainerCallback):
         control.should_training_stop |= state.global_step >= self.after
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_trainer(name, tmp_path):
-    callback = Sparse()
-    model = trained(name, tmp_path, callback, max_grad_norm=1.0)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bert", {}), ("gpt2", {"gradient_checkpointing": True}), ("llama", {"bf16": True}),
+        ("t5", {"gradient_accumulation_steps": 3}), ("mixtral", {"lr_scheduler_type": "cosine", "warmup_steps": 5}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("multilevel", [{}, {"coarse_steps": 3}])
+def test_trainer(name, options, multilevel, tmp_path):
+    callback = Sparse(**multilevel)
+    model = trained(name, tmp_path, callback, **options)
     assert tb.density(model) == callback.control.density == alive(model) == pytest.approx(0.05, abs=1e-4)
 
 
