@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .choices import choose
-from .density import check_density
 from .distributed import count_nonzero, local
-from .layers import weight_layers
 from .optim import RegularizedOptimizer
 from .optim.options import check_number
 from .optim.select import near_kth
 from .optim.unwrapped import unwrapped
+from .targets import any_positive, targets
 from .thresholds import between, factor_by_trial, threshold, threshold_for, threshold_over_ranks
 from .warned import warn
 
@@ -91,7 +90,7 @@ class Scope:
         groups = optimizer.param_groups
         for i in self.groups:
             # Where no λ was given yet all groups start from one and the same.
-            groups[i]["lam"] = (groups[i]["lam"] if _any_positive(groups[i]["lam"]) else 1.0) * factor
+            groups[i]["lam"] = (groups[i]["lam"] if any_positive(groups[i]["lam"]) else 1.0) * factor
         for i in self.also:
             groups[i]["lam"] = _mean(groups[self.groups[0]]["lam"])
 
@@ -116,7 +115,7 @@ class Scope:
         thresholds, params, held = [], [], []
         for i, some in duals.items():
             lam, delta = optimizer.param_groups[i]["lam"], optimizer.param_groups[i]["delta"]
-            unit = lam if _any_positive(lam) else 1.0
+            unit = lam if any_positive(lam) else 1.0
             for p in some:
                 _, reg = optimizer.local(p, optimizer.regularizers[i])
                 assert reg is not None
@@ -281,10 +280,10 @@ class TargetDensity:
         self.take_place()
 
     def _make_scopes(self) -> list[Scope]:
-        scopes = [self._make(*scope, gain=self._gain) for scope in self._split(self._density, self._model)]
+        scopes = [self._make(*scope, gain=self._gain) for scope in targets(self.optimizer, self._density, self._model)]
         for scope in scopes:
             scope.start = scope.density(self.optimizer)
-            scope.searching = not any(_any_positive(self.optimizer.param_groups[i]["lam"]) for i in scope.groups)
+            scope.searching = not any(any_positive(self.optimizer.param_groups[i]["lam"]) for i in scope.groups)
         self._held = [len(group["params"]) for group in self.optimizer.param_groups]
         return scopes
 
@@ -292,7 +291,7 @@ class TargetDensity:
         """Groups were added: those with a λ of zero take that of the others, and all is counted anew."""
         groups, regularizers = self.optimizer.param_groups, self.optimizer.regularizers
         for i in range(len(self._held), len(groups)):
-            if regularizers[i] is not None and not _any_positive(groups[i]["lam"]):
+            if regularizers[i] is not None and not any_positive(groups[i]["lam"]):
                 groups[i]["lam"] = _mean(groups[self._scopes[0].groups[0]]["lam"])
         if isinstance(self._density, Sequence):
             self._density = [*self._density, *[None] * (len(groups) - len(self._held))]
@@ -300,56 +299,6 @@ class TargetDensity:
         self._scopes = self._make_scopes()
         for scope, was in zip(self._scopes, before, strict=True):
             scope.start, scope.searching, scope.gain, scope.side = was.start, was.searching, was.gain, was.side
-
-    def _split(
-        self, density: float | Sequence[float | None], model: nn.Module | None
-    ) -> Iterable[tuple[float, list[int], list[Tensor], list[int]]]:
-        """(density, groups whose λ is moved, weights that count, groups whose λ follows) of each target."""
-        groups, regularizers = self.optimizer.param_groups, self.optimizer.regularizers
-        if model is not None:
-            counted = {id(layer.weight) for layer in weight_layers(model)}
-        elif any("counted" in group for group in groups):
-            counted = {id(p) for group in groups if group.get("counted", False) for p in group["params"]}
-        else:
-            every = [p for group in groups for p in group["params"] if p.dim() > 1]
-            known = [p for p in every if hasattr(p, "_counted")]
-            counted = {id(p) for p in known or every}
-            if len(known) < len(every) and known:
-                self._warn_outside(counted)
-        weights = [[p for p in group["params"] if id(p) in counted] for group in groups]
-        moved = [i for i, reg in enumerate(regularizers) if reg is not None and weights[i]]
-        positive = [i for i in moved if _any_positive(groups[i]["lam"])]
-        if isinstance(density, Sequence) and not isinstance(density, str):
-            if len(density) != len(groups):
-                raise ValueError(
-                    f"`density` has {len(density)} entries; expected one per parameter group, {len(groups)}."
-                )
-            for i, wanted in enumerate(density):
-                if wanted is not None:
-                    check_density(wanted, name=f"density[{i}]")
-                    if i not in moved:
-                        raise ValueError(f"Invalid `density[{i}]`: {wanted!r}; that group has no regularised weights.")
-                    yield wanted, [i], weights[i], []
-            return
-        check_density(density)
-        if not moved:
-            raise ValueError("`optimizer` regularises no weights, so there is no λ to move; see tb.param_groups.")
-        # A group with λ = 0 beside others with λ > 0 was left unregularised on purpose.
-        # A group without weights that count, and without a λ of its own, takes that of the others.
-        others = (i for i, reg in enumerate(regularizers) if reg is not None and i not in moved)
-        also = [] if positive else [i for i in others if not _any_positive(groups[i]["lam"])]
-        yield density, positive or moved, [p for some in weights for p in some], also
-
-    def _warn_outside(self, counted: set[int]) -> None:
-        """Say which penalised matrices the density does not count, where the groups were not made to fit it."""
-        groups, regularizers = self.optimizer.param_groups, self.optimizer.regularizers
-        penalised = [p for g, reg in zip(groups, regularizers, strict=True) if reg is not None for p in g["params"]]
-        outside = [p.numel() for p in penalised if p.dim() > 1 and id(p) not in counted]
-        if outside:
-            warn(
-                f"`optimizer` penalises {len(outside)} matrices ({sum(outside):,} entries) that tb.density does not "
-                "count, such as embeddings; make its groups by tb.param_groups(model, …) to leave them alone."
-            )
 
     # ------------------------------------------------------------------ what a loop calls
 
@@ -515,10 +464,6 @@ class TargetDensity:
         self._due = state_dict.get("due", False)
         for scope, values in zip(self._scopes, state_dict["scopes"], strict=True):
             scope.start, scope.searching, scope.gain, scope.side = values
-
-
-def _any_positive(lam: float | Tensor) -> bool:
-    return bool((lam > 0).any()) if isinstance(lam, Tensor) else lam > 0
 
 
 def _mean(lam: float | Tensor) -> float:
