@@ -37,8 +37,8 @@ def imported(what: str, name: str) -> Callable[..., Any]:
         if not f"{module}.".startswith(f"{error.name}."):  # a module that it imports itself
             raise ValueError(f"{at}{told(error)}") from error
         raise ValueError(
-            f"{at}expected package.module:function, but there is no module {error.name!r} in {here} or on the path of "
-            "Python (PYTHONPATH)."
+            f"{at}expected package.module:function (No module named {error.name!r} in {here} or on the path of Python, "
+            "PYTHONPATH)."
         ) from None
     except Exception as error:
         raise ValueError(f"{at}expected package.module:function; {told(error)}") from error
