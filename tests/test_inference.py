@@ -13,8 +13,9 @@ from cases import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_bregman import kernels
+from torch_bregman import kernels, sparse_init_
 from torch_bregman.inference import InferenceModule, choice, optimize_for_inference
+from torch_bregman.inference.attention import SplitAttention, split
 from torch_bregman.inference.chain import WAYS, Chain
 from torch_bregman.inference.links import Unfit
 from torch_bregman.models import convnet, mlp, resnet18
@@ -378,6 +379,97 @@ def test_layers_by_other_names(monkeypatch: pytest.MonkeyPatch, layer: type[nn.M
     assert ("not called as a Doubled" in str(fast.report)) != known
 
 
+@pairwise(
+    {
+        "batch_first": [True, False],
+        "mask": [None, "causal", "added", "per head"],
+        "padding": [None, "bool", "added"],
+        "need_weights": [False, True],
+        "average": [True, False],
+        "widths": [(None, None), (10, 14)],
+        "bias": [True, False],
+        "single": [False, True],
+    }
+)
+def test_split_attention_is_attention(
+    batch_first: bool, mask: str | None, padding: str | None, need_weights: bool, average: bool, widths: Any,
+    bias: bool, single: bool,
+) -> None:  # fmt: skip
+    whole = nn.MultiheadAttention(24, 3, kdim=widths[0], vdim=widths[1], batch_first=batch_first, bias=bias).eval()
+    whole.requires_grad_(False)
+    parts = split(whole)
+    assert isinstance(parts, SplitAttention)
+    x = [torch.randn(2, n, width or 24) for n, width in ((5, 24), (7, widths[0]), (7, widths[1]))]
+    x = [t[0] if single else t if batch_first else t.transpose(0, 1) for t in x]
+    given: dict[str, Any] = {"need_weights": need_weights, "average_attn_weights": average}
+    if mask == "causal":
+        given |= {"attn_mask": torch.ones(5, 7, dtype=torch.bool).triu(1), "is_causal": True}
+    elif mask is not None:
+        given["attn_mask"] = torch.randn(*((3 if single else 6, 5, 7) if mask == "per head" else (5, 7)))
+    if padding is not None:
+        hidden = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])[0 if single else slice(None)]
+        hides = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+        both_bool = padding == "bool" and mask in (None, "causal")  # torch wants them alike
+        given["key_padding_mask"] = hidden if both_bool or mask == "causal" else hides
+    for found, wanted in zip(parts(*x, **given), whole(*x, **given), strict=True):
+        assert (found is None) == (wanted is None)
+        if wanted is not None:
+            agree(found, wanted)
+
+
+class Encoder(nn.Module):
+    """With padding or without, as a classifier of sentences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(24, 2, 48, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, nn.LayerNorm(24)), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
+
+
+ENCODERS: dict[str, Any] = {
+    "layer": lambda: nn.TransformerEncoderLayer(24, 2, 48, batch_first=True),
+    "layer in a network": lambda: nn.Sequential(
+        nn.TransformerEncoderLayer(24, 2, 48, activation="gelu", norm_first=True, batch_first=True), nn.Linear(24, 24)
+    ),
+    "encoder": lambda: nn.Sequential(
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 2, 48, batch_first=True), 2), nn.Linear(24, 24)
+    ),
+    "decoder": lambda: Decoder(),
+    "padded": Encoder,
+}
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(24, 2, 48, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.flip(1))
+
+
+@needs_numba
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_and_decoders(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    favour(monkeypatch, "sparse")
+    net = sparse_init_(ENCODERS[name](), 0.2).eval().requires_grad_(False)
+    fast = optimize_for_inference(net, (torch.randn(4, 7, 24),))
+    assert {c.chosen for c in fast.report.layers} == {"sparse"}, fast.report
+    assert not any(chains(m) for n, m in fast.named_modules() if n.endswith(".whole"))
+    for leading in ((4, 7), (1, 3), (6, 20)):
+        x = torch.randn(*leading, 24)
+        agree(fast(x), net(x))
+        if name == "padded":
+            padding = torch.arange(leading[1])[None] >= torch.arange(1, leading[0] + 1)[:, None]
+            agree(fast(x, padding), net(x, padding))
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        agree(other(x), net(x))
+
+
 class Branches(nn.Module):
     """A bit of everything that a chain ends at."""
 
@@ -477,13 +569,18 @@ class Peeks(nn.Module):
 
 
 @needs_numba
-def test_a_network_that_looks_into_its_layers_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_looks_into_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds there what it looks for."""
     net = sparse(Peeks(), 0.5)
     favour(monkeypatch, "sparse")
     x = torch.randn(4, 6)
     fast = optimize_for_inference(net, (x,))
     agree(fast(x), net(x))
-    assert not chains(fast)
+    assert len(chains(fast)) == 1
+    with pytest.raises(AttributeError, match="nothing"):
+        chains(fast)[0].nothing  # noqa: B018
+    with pytest.raises(AttributeError, match="weight"):
+        Chain([nn.Linear(2, 2), nn.Linear(2, 2)], (2,), "columns").weight  # noqa: B018
 
 
 @needs_numba

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -239,3 +240,23 @@ def test_flattened_shards_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         tb.optimize_for_inference(Sharded(network()), (X,))
     with pytest.raises(ValueError, match=r"has FullyShardedDataParallel, and an export needs whole"):
         tb.save_program(Sharded(network()), X, tmp_path / "net.pt2")
+
+
+class Annotated(nn.Module):
+    """Sizes in the code, so that the smaller network is a GraphModule, and annotations that are strings here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 6, 3), nn.Linear(24, 3)
+        with torch.no_grad():
+            self.conv.weight[2:4] = self.conv.bias[2:4] = 0  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu().view(-1, 24))
+
+
+def test_smaller_networks_can_be_pickled() -> None:
+    x = torch.randn(3, 1, 4, 4)
+    small = tb.shrink(Annotated(), (x,)).model
+    assert isinstance(small, torch.fx.GraphModule)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(small))(x), small(x))

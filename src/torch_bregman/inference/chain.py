@@ -58,6 +58,15 @@ class Chain(nn.Module):
     def __reduce__(self) -> Any:
         return Chain, (list(self.dense), self.shape, self.way, self.spread)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            layers = [module for module in self._modules.get("dense") or () if module._parameters]  # type: ignore[union-attr]
+            if len(layers) != 1:
+                raise
+            return getattr(layers[0], name)  # networks look at the weight of a layer, or how wide it is
+
     def forward(self, x: Tensor) -> Tensor:
         ready = self._ready  # for inputs like the last one: at batch 1 every microsecond here counts
         if x.shape != ready[0] or x.dtype is not torch.float32 or not x.is_cpu or x.requires_grad:

@@ -96,9 +96,10 @@ def choose(site: Site, reason: str, fastest: MakeChain) -> LayerChoice:
 def left_out(model: nn.Module, sites: Iterable[Site]) -> Iterator[LayerChoice]:
     """The weights of `model` that are those of no site, which stay dense, and why."""
     found = {site.name for site in sites}
+    inside = {name.rpartition(".")[0] for name in found}  # of an attention its parts
     for layer in weight_layers(model):
         name, kind = layer.name.removesuffix(".weight"), type(layer.module).__name__
-        if name not in found:
+        if name not in found and layer.name.rpartition(".")[0] not in inside:
             plain = isinstance(layer.module, nn.Linear | nn.Conv2d)
             why = f"it is not called as a {kind}" if plain else f"there is no sparse product for {kind}"
             weight = layer.weight

@@ -20,6 +20,7 @@ from ..network.copied import copied
 from ..network.wrapped import bare
 from ..shrink import compact
 from . import choice
+from .attention import split
 from .chain import Chain
 from .links import Unfit
 from .plain import plain
@@ -104,17 +105,21 @@ def _prepare(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any, notes: list
         traced = plan = Traced(dense, inputs)
         small = _compact(traced.module, inputs, notes)  # with the norms folded a dead unit has no shift of its own
         removed = _size(small) != _size(traced.module)
-        if removed:
-            plan = Traced(small, inputs)
+        parts = split(small if removed else traced.module)
+        if parts is not traced.module:
+            plan = Traced(parts, inputs)
         for found in (traced, plan):
             if not close(found.module(*inputs), wanted, TOLERANCE):
                 raise RuntimeError("the trace computes something else")
-        return _Prepared(plan, traced.folded, removed, _size(plan.module))
+        return _Prepared(plan, traced.folded, removed, _size(small))
     except Exception as error:
         lines = str(error).splitlines() or [""]
         notes.append(f"torch.fx cannot trace the network ({lines[0]}): layers one by one, no BatchNorm folded.")
         small = _compact(dense, inputs, notes)
-        return _Prepared(Untraced(copy.deepcopy(small), inputs), 0, _size(small) != _size(dense), _size(small))
+        parts = split(copy.deepcopy(small))
+        if not close(parts(*inputs), wanted, TOLERANCE):
+            parts = copy.deepcopy(small)
+        return _Prepared(Untraced(parts, inputs), 0, _size(small) != _size(dense), _size(small))
 
 
 def _optimized(dense: nn.Module, inputs: tuple[Any, ...], wanted: Any) -> InferenceModule:

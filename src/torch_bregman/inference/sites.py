@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ..compare import close
+from ..network.tracer import Tracer
+from .attention import WHOLE, SplitAttention, SplitEncoder, put
 from .chain import Chain
 from .functions import as_module
 from .links import Link, Unfit, follow, hooked, links_of, sample
@@ -44,22 +46,39 @@ class Site:
     x: Tensor | None
     follows: bool = False  # the layer before it gives to nothing but this one
     why: str = ""
+    inside: bool = False  # of a module that the trace shows as one call
+
+
+class _Steps(Tracer):
+    """What is traced for inputs of all sizes, so that no condition is decided by those at hand."""
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return fx.Tracer.to_bool(self, obj)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, SplitAttention | SplitEncoder) or super().is_leaf_module(m, module_qualified_name)
 
 
 class Traced:
     """A network whose operations torch.fx shows."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.module = fx.symbolic_trace(model)
-        values = _Values(self.module)
-        values.run(*inputs)
+        tracer = _Steps(())
+        graph = tracer.trace(model)
+        graph._tracer_cls = fx.Tracer  # which reads the code when the network is loaded from a pickle
+        for node in graph.nodes:
+            node.type = None  # an annotation that is a string cannot be pickled
+        self.module = fx.GraphModule(tracer.root, graph, type(model).__name__)
+        values, called = _Values(self.module), {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        with _Watch(self.module, called) as watch:
+            values.run(*inputs)
         for node in list(self.module.graph.nodes):
             as_module(self.module, node, values.values)
         self.module.graph.eliminate_dead_code()
         self.folded = self._fold(values.values)
         self.module.delete_all_unused_submodules()
         self.module.recompile()
-        self.sites = list(self._sites(values.values))
+        self.sites = [*self._sites(values.values), *watch.sites(inside=True)]
 
     def _fold(self, values: dict[str, Any]) -> int:
         """Norms into the layers before them, where that rounds to the same; returns how many."""
@@ -118,7 +137,9 @@ class Traced:
         nodes = {node.name: node for node in module.graph.nodes}
         runs: list[list[Site]] = []
         for i, site in enumerate(self.sites):
-            if chosen[i] and site.link is not None:
+            if chosen[i] and site.inside and site.link is not None:
+                put(module, site.name, make(site.link.modules, site.x))  # type: ignore[arg-type]
+            elif chosen[i] and site.link is not None:
                 if runs and i and chosen[i - 1] and site.follows:
                     runs[-1].append(site)
                 else:
@@ -146,33 +167,56 @@ class Untraced:
     """A network that torch.fx cannot trace: its Linear and Conv2d one by one."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.module, self.sites = model, list[Site]()
-        seen: dict[str, list[Any]] = {}
-        hooks = []
-        layers = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d) and not hooked(m)}
-        for name, module in layers.items():
-            take = seen.setdefault(name, []).append
-            hooks.append(module.register_forward_pre_hook(lambda _, args, take=take: take(args)))
-        model(*inputs)
-        for hook in hooks:
-            hook.remove()
-        for name, module in layers.items():
-            args = seen[name]
-            try:
-                if not args or len(args[0]) != 1:
-                    raise Unfit("it was not called with one tensor")
-                x = args[0][0].clone()
-                self.sites.append(Site(link_of([module], x), name, module, x))
-            except Unfit as error:
-                self.sites.append(Site(None, name, module, None, why=str(error)))
+        self.module = model
+        with _Watch(model) as watch:
+            model(*inputs)
+        self.sites = [*watch.sites()]
 
     def build(self, chosen: list[bool], make: MakeChain) -> nn.Module:
         """The network with every one of the `chosen` sites as a chain of its own."""
         model = copy.deepcopy(self.module)
         for site, sparse in zip(self.sites, chosen, strict=True):
             if sparse and site.link is not None and site.x is not None:
-                model.set_submodule(site.name, make(site.link.modules, site.x))
+                put(model, site.name, make(site.link.modules, site.x))
         return model
+
+
+class _Watch:
+    """Notes what comes into the Linear and Conv2d of a network that are called by their modules.
+
+    `seen`: those that are looked after elsewhere.
+    """
+
+    def __init__(self, model: nn.Module, seen: Collection[str] = ()) -> None:
+        self.layers = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) in (nn.Linear, nn.Conv2d) and not hooked(module)
+            and name not in seen and WHOLE not in name.split(".")
+        }  # fmt: skip
+        self.calls: dict[str, list[Any]] = {name: [] for name in self.layers}
+
+    def __enter__(self) -> _Watch:
+        self.hooks = [
+            module.register_forward_pre_hook(lambda _, args, take=self.calls[name].append: take(args))
+            for name, module in self.layers.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def sites(self, inside: bool = False) -> Iterator[Site]:
+        for name, module in self.layers.items():
+            calls = self.calls[name]
+            try:
+                if not calls or len(calls[0]) != 1:
+                    raise Unfit("it was not called with one tensor")
+                x = calls[0][0].clone()
+                yield Site(link_of([module], x), name, module, x, inside=inside)
+            except Unfit as error:
+                yield Site(None, name, module, None, why=str(error), inside=inside)
 
 
 def link_of(modules: list[nn.Module], x: Tensor) -> Link:

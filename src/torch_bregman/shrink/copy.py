@@ -114,6 +114,8 @@ class ShrinkingCopy:
 
     def rewrite(self, code: fx.Graph) -> None:
         """Make the cut network a GraphModule."""
+        for node in code.nodes:
+            node.type = None  # an annotation that is a string cannot be pickled
         training = self.model.training
         self.code, self.model = code, fx.GraphModule(self.model, code, type(self.original).__name__)
         self.model.training = training
