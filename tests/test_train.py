@@ -211,8 +211,8 @@ def test_a_model_and_data_of_the_current_folder_are_found_by_the_command(tmp_pat
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nonet:make", ["there is no module 'nonet' in ", "PYTHONPATH"]),
-        ("own.nonet:make", ["there is no module 'own.nonet'"]),
+        ("nonet:make", ["No module named 'nonet' in ", "PYTHONPATH"]),
+        ("own.nonet:make", ["No module named 'own.nonet'"]),
         ("own.needs:make", ["ModuleNotFoundError, No module named 'nonsense'", "needs.py, line 1"]),
         ("own.broken:make", ["SyntaxError"]),
         ("own.fine:other", ["own.fine has no 'other'"]),
@@ -624,7 +624,7 @@ def test_the_recipe_is_the_run(tmp_path):
         (["digits", "--optimizer", "adabrek"], r"'adabrek'.*did you mean 'adabreg'"),
         (["digits", "--regularizer", "l2"], r"`regularizer`: 'l2'; expected one of 'l1'"),
         (["digits", "--model", "resnet19"], r"`model`: 'resnet19'.*did you mean 'resnet18'"),
-        (["digits", "--model", "nowhere:make"], r"`model`: 'nowhere:make'.*No module named"),
+        (["digits", "--model", "nowhere:make"], r"`model`: 'nowhere:make'.*No module named 'nowhere' in"),
         (["digits", "--groups", "kernel"], r"'kernel'.*did you mean 'kernels'"),
         (["digits", "--schedule", "cos"], r"'cos'.*did you mean"),
         (["digits", "--augment", "flip"], r"'flip'"),
