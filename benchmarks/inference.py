@@ -1,6 +1,6 @@
 """Sparse inference beside the dense network in eager torch, torch.compile and onnxruntime.
 
-    python benchmarks/inference.py [--rounds 60] [--only mlp|convnet|resnet] [--data-root DIR]
+    python benchmarks/inference.py [--rounds 60] [--only mlp|convnet|tokens|resnet] [--data-root DIR]
 
 All with as many threads (--threads 2), in one process, in turn and in random order. Before its turn a network waits
 until the idle threads of the one before have gone to sleep (they spin for milliseconds, on the cores that it needs) and
@@ -110,16 +110,30 @@ def compare(label: str, net: nn.Module, x: Tensor, options: argparse.Namespace, 
         print(str(ours.report), "\n")
 
 
-def table(kind: str, options: argparse.Namespace) -> None:
+def heading(kind: str) -> None:
     print(
         f"\n{kind:24}{'eager':>9}{'compile':>9}{'onnx':>9}{'ours':>9}{'least onnx':>11}{'least ours':>11}"
         f"{'rival/ours':>24}{'least':>8}   chosen"
     )
+
+
+def table(kind: str, options: argparse.Namespace) -> None:
+    heading(kind)
     for batch in BATCHES:
         for density in DENSITIES[kind]:
             net = network(kind, density)
             for name, x in inputs(batch, options.data_root).items():
                 compare(f"batch {batch}, {density:.0%}, {name}", net, x, options)
+
+
+def tokens(options: argparse.Namespace) -> None:
+    """The feed-forward part of a transformer, 768-3072-768, on 4 sequences of 32 tokens."""
+    heading("768-3072-768, tokens")
+    for density in (0.1, 0.05, 0.03):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(768, 3072), nn.ReLU(), nn.Linear(3072, 768)).eval().requires_grad_(False)
+        tb.sparse_init_(net, density)
+        compare(f"4 × 32 × 768, {density:.0%}", net, torch.randn(4, 32, 768), options)
 
 
 def resnet(options: argparse.Namespace) -> None:
@@ -178,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=["mlp", "convnet", "resnet"])
+    parser.add_argument("--only", choices=["mlp", "convnet", "tokens", "resnet"])
     parser.add_argument("--data-root", type=Path, help="holds mnist/; without it normal inputs alone")
     options = parser.parse_args()
     import onnxruntime
@@ -193,6 +207,8 @@ def main() -> None:
     for kind in ("mlp", "convnet"):
         if options.only in (None, kind):
             table(kind, options)
+    if options.only in (None, "tokens"):
+        tokens(options)
     if options.only in (None, "resnet"):
         with torch.no_grad():
             resnet(options)
