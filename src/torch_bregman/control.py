@@ -14,6 +14,7 @@ from .distributed import count_nonzero, local
 from .optim import RegularizedOptimizer
 from .optim.options import check_number
 from .optim.select import near_kth
+from .optim.steps import StepCount
 from .optim.unwrapped import unwrapped
 from .targets import any_positive, targets
 from .thresholds import between, factor_by_trial, threshold, threshold_for, threshold_over_ranks
@@ -261,12 +262,11 @@ class TargetDensity:
         # Short runs need λ moved more often: at least a hundred times.
         self.every = every or (min(50, max(1, (total_steps or 5000) // 100)) if mode == "feedback" else 1)
         self.damping, self.ramp, self.settle = damping, ramp, settle
-        self._taken, self._before, self._due = 0, 0, False
-        self._skipped = 0  # calls of `step` for which the optimizer had taken none
-        self._seen = max(0, optimizer.steps_taken - 1)  # the first call may be for a step that was taken before
-        self._said = False
+        self._count, self._due, self._said = StepCount(optimizer), False, False
         self.counted = False  # see `optim.protocols.Control`
         self._density, self._model, self._gain = density, model, gain
+        if optimizer.levels is not None and optimizer.levels.restricted:
+            optimizer.levels.leave()
         self._scopes = self._make_scopes()
         for scope in self._scopes:
             scope.check(optimizer)
@@ -311,13 +311,12 @@ class TargetDensity:
             raise RuntimeError(
                 "Another TargetDensity was made for this optimizer, so this one moves λ no more: use that."
             )
-        if [len(group["params"]) for group in self.optimizer.param_groups] != self._held:
-            self._take_in()
-        taken, self._seen = self.optimizer.steps_taken - self._seen, self.optimizer.steps_taken
-        self._before = self.steps
-        self._skipped += not taken
-        self._taken += taken
         levels = self.optimizer.levels
+        if [len(group["params"]) for group in self.optimizer.param_groups] != self._held:
+            if levels is not None and levels.restricted:
+                levels.leave()
+            self._take_in()
+        taken = self._count.count()
         if levels is None:
             self._act(now=self._due, learnt=taken > 0)
             return
@@ -331,17 +330,10 @@ class TargetDensity:
         self.counted = True
         levels.control_counted()
 
-    def _every(self, count: int) -> bool:
-        """Whether the steps since the last call complete another `count`."""
-        return self.steps // count > self._before // count
-
     @property
     def steps(self) -> int:
-        """Steps so far: those that the optimizer took, and a few that a scaler skipped, for the loop counts them too.
-
-        Where more calls than not find no step, gradients are accumulated, and those calls are none.
-        """
-        return self._taken + (self._skipped if self._skipped < self._taken else 0)
+        """Steps so far: those that the optimizer took, and a few that a scaler skipped."""
+        return self._count.now
 
     @property
     def ended(self) -> bool:
@@ -361,12 +353,9 @@ class TargetDensity:
             self._step(scope, now=now)
         if self.ended and not self._said:
             self._said = True
-            self._warn_missed()
-
-    def _warn_missed(self) -> None:
-        for scope in self._scopes:
-            if why := scope.missed(self.optimizer):
-                warn(f"`density` is {scope.target:g}, and {scope.density(self.optimizer):.3%} are alive: {why}.")
+            for scope in self._scopes:
+                if why := scope.missed(self.optimizer):
+                    warn(f"`density` is {scope.target:g}, and {scope.density(self.optimizer):.3%} are alive: {why}.")
 
     def _step(self, scope: Scope, *, now: bool) -> None:
         target = scope.target
@@ -376,12 +365,12 @@ class TargetDensity:
         if self.ended or (scope.searching and self.steps <= (WARM_UP if total is None else min(WARM_UP, total // 10))):
             scope.land(self.optimizer, target)
         elif self.mode == "exact":
-            if now or self._every(self.every):
+            if now or self._count.completes(self.every):
                 scope.land(self.optimizer, target)
         elif total is not None and self.steps > (1 - self.settle) * total and self.optimizer.has_dual:
-            if now or self._every(SETTLE_EVERY):
+            if now or self._count.completes(SETTLE_EVERY):
                 scope.land(self.optimizer, target)
-        elif now or self._every(self.every):
+        elif now or self._count.completes(self.every):
             scope.follow(self.optimizer, target, self.damping)
 
     def land(self) -> None:
@@ -421,18 +410,14 @@ class TargetDensity:
     def state_dict(self) -> dict[str, Any]:
         """Plain values; λ itself is in the optimizer's state."""
         scopes = [[s.start, s.searching, s.gain, s.side] for s in self._scopes]
-        return {"steps": self._taken, "skipped": self._skipped, "uncounted": self._uncounted, "due": self._due,
+        count = self._count
+        return {"steps": count.taken, "skipped": count.skipped, "uncounted": count.uncounted, "due": self._due,
                 "scopes": scopes}  # fmt: skip
-
-    @property
-    def _uncounted(self) -> int:
-        """Steps that the optimizer took since the last call."""
-        return self.optimizer.steps_taken - self._seen if self._taken else min(1, self.optimizer.steps_taken)
 
     def leave_place(self, groups: list[dict[str, Any]]) -> None:
         """Write the place in the schedule into the groups of the optimizer's `state_dict()`."""
         for scope in self._scopes:
-            place = [self._taken, self._skipped, self._uncounted, self._due]
+            place = [self._count.taken, self._count.skipped, self._count.uncounted, self._due]
             values = [scope.target, *place, scope.start, scope.searching, scope.gain, scope.side]
             for i in scope.groups:
                 groups[i][PLACE] = values
@@ -459,8 +444,7 @@ class TargetDensity:
             raise ValueError(
                 f"`state_dict` has {len(state_dict['scopes'])} targets; this controller has {len(self._scopes)}."
             )
-        self._taken, self._skipped = state_dict["steps"], state_dict.get("skipped", 0)
-        self._seen = self.optimizer.steps_taken - state_dict.get("uncounted", 0)
+        self._count.load(state_dict["steps"], state_dict.get("skipped", 0), state_dict.get("uncounted", 0))
         self._due = state_dict.get("due", False)
         for scope, values in zip(self._scopes, state_dict["scopes"], strict=True):
             scope.start, scope.searching, scope.gain, scope.side = values
