@@ -126,14 +126,35 @@ def table(kind: str, options: argparse.Namespace) -> None:
                 compare(f"batch {batch}, {density:.0%}, {name}", net, x, options)
 
 
+class Block(nn.Module):
+    """The MLP of a transformer, with the norm before it and the sum around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(768), nn.Linear(768, 3072), nn.Linear(3072, 768)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+TOKENS: dict[str, Callable[[], nn.Module]] = {
+    "768-3072-768": lambda: nn.Sequential(nn.Linear(768, 3072), nn.ReLU(), nn.Linear(3072, 768)),
+    "MLP": Block,
+    "encoder layer": lambda: nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True),
+}
+
+
 def tokens(options: argparse.Namespace) -> None:
-    """The feed-forward part of a transformer, 768-3072-768, on 4 sequences of 32 tokens."""
-    heading("768-3072-768, tokens")
-    for density in (0.1, 0.05, 0.03):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(768, 3072), nn.ReLU(), nn.Linear(3072, 768)).eval().requires_grad_(False)
-        tb.sparse_init_(net, density)
-        compare(f"4 × 32 × 768, {density:.0%}", net, torch.randn(4, 32, 768), options)
+    """Parts of a transformer on 4 sequences of 32 tokens; all their matrices have the density, attention's too."""
+    for name, make in TOKENS.items():
+        heading(name)
+        for density in (0.1, 0.05, 0.03, 0.01):
+            torch.manual_seed(0)
+            net = make().eval().requires_grad_(False)
+            for weight in net.parameters():
+                if weight.dim() == 2:
+                    weight.mul_(torch.rand_like(weight) < density)
+            compare(f"4 × 32 × 768, {density:.0%}", net, torch.randn(4, 32, 768), options)
 
 
 def resnet(options: argparse.Namespace) -> None:
