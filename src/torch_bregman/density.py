@@ -115,7 +115,8 @@ class SparsityReport(Shown):
         rows.append(["all", "", f"{kept:,}/{size:,}", f"{self.density:.3%}", "", "", _cell(self.kernels), ""])
         keep = [i for i in range(len(head)) if any(row[i] for row in rows[1:])]
         shown = Table([[row[i] for i in keep] for row in rows], left=range(2))
-        return [shown, f"alive/all; weights: non-zero entries, biases and norms not counted; {self.coverage}"]
+        hint = "; name in `weights` what shall count" if self.outside else ""
+        return [shown, f"alive/all; weights: non-zero entries, biases and norms not counted; {self.coverage}{hint}"]
 
     def to_dict(self) -> dict[str, float | str]:
         (kept, size), (counted, every) = self.weights, self.counted
@@ -137,7 +138,7 @@ class SparsityReport(Shown):
             return text
         shown = [f"{one.name} ({one.why}; {one.entries:,})" for one in self.outside[:4]]
         more = f", and {len(self.outside) - 4} more" if len(self.outside) > 4 else ""
-        return f"{text}, without {', '.join(shown)}{more}; name in `weights` what shall count"
+        return f"{text}, without {', '.join(shown)}{more}"
 
     @staticmethod
     def _row(layer: LayerSparsity) -> list[object]:

@@ -68,7 +68,7 @@ def end_row(training: Training, scores: dict[str, float], seconds: float) -> dic
 def uncounted(model: nn.Module) -> str:
     """Which matrices the density does not count, and how many entries it counts; nothing where it counts all."""
     report = sparsity_report(model)
-    return report.coverage.partition("; ")[0] if report.outside else ""  # then: how to name them in a loop of one's own
+    return report.coverage if report.outside else ""
 
 
 @torch.no_grad()
