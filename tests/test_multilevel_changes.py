@@ -99,6 +99,6 @@ def test_layers_that_come_later_are_trained(way: Any, since: int, change: str, m
         optimizer.step()
         control.step()
         levels.step()
-    assert levels.counts["coarse"] > 10
+    assert levels.counts["coarse"] >= 10
     assert all(not torch.equal(p, q) for p, q in zip(values(new), before, strict=True))
     assert "came after Multilevel was made: " + ("7, 9" if change == "longer" else "6.0, 6.2") in str(levels.report)

@@ -190,11 +190,12 @@ def _train(
         run_in_process([run for group in runs.values() for run in group], data_root)
     started: list[subprocess.Popen[bytes]] = []
     results: list[dict[str, Any]] = []
+    over = {run for group in runs.values() for run in group if _ended(run)}  # one that runs may be writing its result
 
     def report() -> None:
         """The rows in their order, as far as all their runs have ended."""
         for row in rows[len(results) :]:
-            if not all(map(_ended, runs[row.method])):
+            if not over.issuperset(runs[row.method]):
                 return
             parts = [json.loads((run / "result.json").read_text()) for run in runs[row.method]]
             environment["threads"] = sorted({*environment.get("threads", []), *(part["threads"] for part in parts)})
@@ -216,6 +217,7 @@ def _train(
                     end.result()
                 except RunError as error:
                     raise RunError(f"{experiment.name}, row {row.method!r}, {run.name}: {error}") from None
+                over.add(run)
                 report()
         except KeyboardInterrupt:
             raise Stopped(
