@@ -314,5 +314,6 @@ def test_wrapped_optimizers_are_unwrapped():
     assert tb.TargetDensity(wrapped, 0.05).optimizer is optimizer
     assert tb.Multilevel(model, wrapped, coarse_steps=3).optimizer is optimizer
     assert optimizer.levels is not None
-    optimizer.levels.leave()
-    assert type(tb.shrink(network(), (torch.randn(2, 64),), None).optimizer) is type(None)
+    model, other, _ = made()
+    learn(model, other, 0)
+    assert type(tb.shrink(model, (torch.randn(2, 64),), Wrapper(other)).optimizer) is tb.AdaBreg

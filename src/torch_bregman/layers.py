@@ -251,8 +251,7 @@ def note_weights(model: nn.Module) -> None:
 
 def _warn_uncounted(model: nn.Module, left: list[Any]) -> None:
     counted, every, outside = matrix_entries(model)
-    parameters = owned_parameters(model)
-    by_name = {owned.names[0]: owned for owned in parameters.values()}
+    by_name = {owned.names[0]: owned for owned in owned_parameters(model).values()}
     left_out = dict.fromkeys(left, True)
     outside = [one for one in outside if not (one.said or lookup(left_out, by_name[one.name]))]
     entries = sum(one.entries for one in outside)
